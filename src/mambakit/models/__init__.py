@@ -1,0 +1,47 @@
+"""Models, their configs and their checkpoint format."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mambakit.models.checkpoint import load_model as load_model
+    from mambakit.models.checkpoint import read_config as read_config
+    from mambakit.models.checkpoint import save_model as save_model
+    from mambakit.models.config import MambaConfig as MambaConfig
+    from mambakit.models.language_model import MambaLanguageModel as MambaLanguageModel
+    from mambakit.models.language_model import ModelState as ModelState
+    from mambakit.models.presets import PRESETS as PRESETS
+    from mambakit.models.presets import preset as preset
+
+_EXPORTS = {
+    "MambaConfig": "mambakit.models.config",
+    "MambaLanguageModel": "mambakit.models.language_model",
+    "ModelState": "mambakit.models.language_model",
+    "PRESETS": "mambakit.models.presets",
+    "load_model": "mambakit.models.checkpoint",
+    "preset": "mambakit.models.presets",
+    "read_config": "mambakit.models.checkpoint",
+    "save_model": "mambakit.models.checkpoint",
+}
+__all__ = [
+    "PRESETS",
+    "MambaConfig",
+    "MambaLanguageModel",
+    "ModelState",
+    "load_model",
+    "preset",
+    "read_config",
+    "save_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'mambakit.models' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])
