@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from mambakit.models.checkpoint import save_model as save_model
     from mambakit.models.config import MambaConfig as MambaConfig
     from mambakit.models.language_model import MambaLanguageModel as MambaLanguageModel
-    from mambakit.models.language_model import ModelState as ModelState
     from mambakit.models.presets import PRESETS as PRESETS
     from mambakit.models.presets import preset as preset
+    from mambakit.models.state import ModelState as ModelState
 
 _EXPORTS = {
     "MambaConfig": "mambakit.models.config",
     "MambaLanguageModel": "mambakit.models.language_model",
-    "ModelState": "mambakit.models.language_model",
+    "ModelState": "mambakit.models.state",
     "PRESETS": "mambakit.models.presets",
     "load_model": "mambakit.models.checkpoint",
     "preset": "mambakit.models.presets",

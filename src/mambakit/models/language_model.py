@@ -1,0 +1,279 @@
+"""The Mamba language model: embedding, blocks, norm, head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from mambakit.errors import ArgumentError, DtypeError, ShapeError
+from mambakit.models.config import MambaConfig
+from mambakit.models.state import ModelState
+from mambakit.nn.block import Block
+from mambakit.nn.linear import Linear
+from mambakit.nn.mixer import MambaMixer
+from mambakit.nn.norm import RMSNorm
+from mambakit.ops import linear_cross_entropy
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and final norm: tokens to hidden vectors.
+
+    Args:
+        config: Sizes and switches.
+    """
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.layers = nn.ModuleList([_make_block(config) for _ in range(config.n_layer)])
+        self.norm_f = RMSNorm(config.d_model, config.norm_epsilon)
+        self.activation_checkpointing = False
+
+    def forward(
+        self, tokens: Tensor, state: ModelState | None = None, *, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Tokens (B, L) to hidden vectors (B, L, M), and the state after the last position."""
+        hidden: Tensor = self.embedding(tokens)
+        residual: Tensor | None = None
+        old_states = [None] * len(self.layers) if state is None else state.layers
+        states = []
+        for block, old_state in zip(self.blocks(), old_states, strict=True):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden, residual, new_state = checkpoint(
+                    block, hidden, residual, old_state, seq_idx=seq_idx, use_reentrant=False
+                )
+            else:
+                hidden, residual, new_state = block(hidden, residual, old_state, seq_idx=seq_idx)
+            states.append(new_state)
+        assert residual is not None  # There is at least one block.
+        return self.norm_f.add(hidden, residual)[0], ModelState(states)
+
+    def step(self, tokens: Tensor, state: ModelState) -> Tensor:
+        """Tokens (B,) to hidden vectors (B, M); `state` is updated in place."""
+        hidden: Tensor = self.embedding(tokens)
+        residual: Tensor | None = None
+        for block, layer_state in zip(self.blocks(), state.layers, strict=True):
+            hidden, residual = block.step(hidden, residual, layer_state)
+        assert residual is not None
+        return self.norm_f.add(hidden, residual)[0]
+
+    def blocks(self) -> Iterator[Block]:
+        """The layers, first to last, with their type."""
+        return iter(cast("Iterable[Block]", self.layers))
+
+
+class MambaLanguageModel(nn.Module):
+    """Predicts the next token. Weights are random until `load_model` or `load_state_dict`.
+
+    State-dict names equal those of the official checkpoints. Logits cover the padded vocabulary
+    (V = config.padded_vocab_size); ids from config.vocab_size on stand for no token. Tokens are
+    int32 or int64. On the CPU ids out of range raise an error; on an accelerator they are not
+    looked at, since that would wait for it.
+
+    Args:
+        config: Sizes and switches.
+
+    Attributes:
+        activation_checkpointing: Whether blocks are computed again in the backward pass instead of
+            keeping their activations: less memory, a third more work.
+
+    Example:
+        >>> import torch
+        >>> from mambakit import MambaConfig, MambaLanguageModel
+        >>> model = MambaLanguageModel(MambaConfig(d_model=16, n_layer=2, vocab_size=8))
+        >>> logits, state = model(torch.tensor([[1, 2, 3]]))
+        >>> logits.shape
+        torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self._initialise()
+        self.tie_weights()
+
+    def forward(
+        self, tokens: Tensor, state: ModelState | None = None, *, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Logits of the token after each position.
+
+        Args:
+            tokens: (B, L).
+            state: What came before; default: nothing.
+            seq_idx: Document number of each position, (B, L), for several documents packed in a
+                row: the state starts afresh where it changes.
+
+        Returns:
+            Logits, (B, L, V), and the state after the last position.
+
+        Raises:
+            ArgumentError: A token id is out of range, or a shape does not fit.
+        """
+        hidden, state = self.hidden(tokens, state, seq_idx=seq_idx)
+        return self.lm_head(hidden), state
+
+    def hidden(
+        self, tokens: Tensor, state: ModelState | None = None, *, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """What the head sees, (B, L, M), and the state; arguments as in `forward`."""
+        self._check(tokens, 2, state)
+        hidden, state = self.backbone(tokens, state, seq_idx=seq_idx)
+        return hidden, state
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        state: ModelState | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """Mean cross-entropy, in nats, of the targets; the logits are never held whole.
+
+        Args:
+            tokens: (B, L).
+            targets: The token after each position, (B, L); -100 does not count.
+            state: What came before; default: nothing.
+            seq_idx: Document number of each position, (B, L).
+
+        Returns:
+            The loss, a float32 scalar, and the state after the last position.
+        """
+        hidden, state = self.hidden(tokens, state, seq_idx=seq_idx)
+        if isinstance(self.lm_head, nn.Linear):
+            return linear_cross_entropy(hidden, self.lm_head.weight, targets), state
+        # An adapter wraps the head: its weight alone is not the whole layer.
+        logits = self.lm_head(hidden).flatten(0, 1).float()
+        return cross_entropy(logits, targets.flatten(), ignore_index=-100), state
+
+    @torch.no_grad()
+    def prefill(
+        self, tokens: Tensor, state: ModelState | None = None, *, chunk: int = 2048
+    ) -> tuple[Tensor, ModelState]:
+        """Read a prompt: logits for the token after it, and the state to go on from.
+
+        Args:
+            tokens: (B, L).
+            state: What came before; it stays as it is. Default: nothing.
+            chunk: Most positions worked on at once, which bounds the memory.
+
+        Returns:
+            Logits of the last position, (B, V), and the state.
+        """
+        if chunk < 1:
+            raise ArgumentError(f"chunk: got {chunk}, wanted at least 1")
+        self._check(tokens, 2, state)
+        for first in range(0, tokens.shape[1], chunk):
+            hidden, state = self.hidden(tokens[:, first : first + chunk], state)
+        assert state is not None
+        return self.lm_head(hidden[:, -1]), state
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: ModelState) -> Tensor:
+        """Read one token a sequence, (B,); return logits, (B, V), and update `state` in place."""
+        self._check(tokens, 1, state)
+        logits: Tensor = self.lm_head(self.backbone.step(tokens, state))
+        return logits
+
+    def generate(self, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+        """Continue prompts of token ids; see `mambakit.generate.generate` for the options."""
+        from mambakit.generate.generation import generate
+
+        return generate(self, prompts, **options)
+
+    def initial_state(self, batch: int) -> ModelState:
+        """The state before any token, for `batch` sequences, on the device of the weights."""
+        return ModelState([block.mixer.initial_state(batch) for block in self.backbone.blocks()])
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether blocks are computed again in the backward pass."""
+        return self.backbone.activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, value: bool) -> None:
+        self.backbone.activation_checkpointing = value
+
+    def num_parameters(self) -> int:
+        """Number of parameters; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, seqlen: int) -> int:
+        """Floating point operations of forward and backward for one token of a sequence.
+
+        6 for each weight of a matrix and each tap of a convolution (2 forward, 4 backward; the
+        embedding is looked up, the head is a matrix), and 3 * 7 for each state of a scan (dt A,
+        exp, dt x B, two multiply-adds; complex: four times). Recomputation does not count.
+
+        Args:
+            seqlen: Length of the sequence. Mamba's cost of a token does not depend on it.
+        """
+        config = self.config
+        weights = [m.weight for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv1d))]
+        states = config.n_layer * config.d_inner * config.d_state * (4 if config.is_complex else 1)
+        return 6 * sum(weight.numel() for weight in weights) + 3 * 7 * states
+
+    def tie_weights(self) -> None:
+        """Make the head share the weight of the embedding, if the config says so."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+
+    def _initialise(self) -> None:
+        """What the layers' own initial values leave: embedding, biases, depth (authors' code)."""
+        nn.init.normal_(self.backbone.embedding.weight, std=0.02)
+        for block in self.backbone.blocks():
+            for projection in (block.mixer.in_proj, block.mixer.out_proj):
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
+            # The variance of the residual stream then does not grow with the number of layers.
+            with torch.no_grad():
+                block.mixer.out_proj.weight /= math.sqrt(self.config.n_layer)
+
+    def _check(self, tokens: Tensor, rank: int, state: ModelState | None) -> None:
+        if tokens.dtype not in (torch.int32, torch.int64):
+            raise DtypeError(f"tokens: got dtype {tokens.dtype}, wanted int32 or int64")
+        shape = tuple(tokens.shape)
+        if len(shape) != rank or (rank == 2 and shape[1] == 0):
+            letters = "(B, L) with L at least 1" if rank == 2 else "(B,)"
+            raise ShapeError(f"tokens: got shape {shape}, wanted {letters}")
+        if state is not None and len(state.layers) != self.config.n_layer:
+            got, wanted = len(state.layers), self.config.n_layer
+            raise ShapeError(f"state: got {got} layers, wanted the model's {wanted}")
+        if state is not None and state.batch_size != shape[0]:
+            got, wanted = state.batch_size, shape[0]
+            raise ShapeError(f"state: got {got} sequences, wanted {wanted} like tokens")
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = (int(id_) for id_ in tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ArgumentError(
+                    f"tokens: got id {low if low < 0 else high}, wanted 0 <= id < "
+                    f"{self.config.vocab_size}, the vocab_size of the model"
+                )
+
+
+def _make_block(config: MambaConfig) -> Block:
+    mixer = MambaMixer(
+        config.d_model,
+        d_state=config.d_state,
+        d_conv=config.d_conv,
+        expand=config.expand,
+        dt_rank=config.dt_rank,
+        dt_min=config.dt_min,
+        dt_max=config.dt_max,
+        dt_init=config.dt_init,
+        dt_scale=config.dt_scale,
+        dt_init_floor=config.dt_init_floor,
+        conv_bias=config.conv_bias,
+        bias=config.bias,
+        selective=config.selective,
+        A_init=config.A_init,
+    )
+    return Block(RMSNorm(config.d_model, config.norm_epsilon), mixer, config.residual_in_fp32)

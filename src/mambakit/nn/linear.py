@@ -1,0 +1,42 @@
+"""The linear layers of the model."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, with a faster product for the single rows of decoding.
+
+    A step (input (B, K) and no gradient) reads every weight for a few rows, so its time is that of
+    reading the weights; see `mambakit.ops.linear_step`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., K) to (..., O)."""
+        return linear(input, self.weight, self.bias)
+
+
+class DtProjection(Linear):
+    """Projection from rank R to dt, whose bias the scan adds, in float32, not this layer.
+
+    Args:
+        dt_rank: Size of the input (R).
+        bias: Initial bias, (D,).
+        init: "random" draws the weight uniformly from +-scale / sqrt(R); "constant" takes the
+            upper end.
+        scale: See init.
+    """
+
+    def __init__(self, dt_rank: int, bias: Tensor, init: str, scale: float) -> None:
+        super().__init__(dt_rank, bias.numel())
+        bound = scale / math.sqrt(dt_rank)
+        nn.init.uniform_(self.weight, -bound if init == "random" else bound, bound)
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., R) to (..., D), without the bias."""
+        return linear(input, self.weight, None)
