@@ -11,6 +11,7 @@ import contextlib
 import errno
 import glob
 import os
+import re
 import secrets
 import shutil
 import time
@@ -164,11 +165,15 @@ def _flush_folder(folder: Path) -> None:
 
 def _reason(error: Exception, target: Path, partial: Path) -> str | None:
     """Why writing failed and what to do, or None if the error is about something else."""
-    if isinstance(error, OSError) and error.errno in _REMEDIES:
-        if error.filename is None or _concerns(Path(os.fsdecode(error.filename)), target, partial):
-            return _REMEDIES[error.errno]
-        return None
-    # Libraries written in C++ or Rust hide the number of the error: see whether the disk is full.
+    if isinstance(error, OSError) and error.errno is not None:
+        if error.filename is None:
+            return _REMEDIES.get(error.errno)
+        ours = _concerns(Path(os.fsdecode(error.filename)), target, partial)
+        return _REMEDIES.get(error.errno, error.strerror) if ours else None
+    # Libraries in Rust tell the system's number in the text; those in C++ tell nothing, so look.
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(found[1])
+        return _REMEDIES.get(OSError(number, "", None, number).errno or 0)  # Windows has its own.
     with contextlib.suppress(OSError):
         if shutil.disk_usage(target.parent).free < _FULL_BYTES:
             return _FULL

@@ -125,6 +125,17 @@ def test_a_full_disk_is_recognised_behind_a_foreign_error(
         raise RuntimeError("file write failed")
 
 
+def test_the_number_in_an_error_of_a_rust_library_is_read(tmp_path: Path) -> None:
+    number = 112 if os.name == "nt" else errno.ENOSPC
+    with pytest.raises(MambakitError, match="disk is full"), atomic_write(tmp_path / "a"):
+        raise RuntimeError(f"I/O error: No space left on device (os error {number})")
+
+
+def test_a_bug_in_the_body_is_not_explained_away(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="bug"), atomic_write(tmp_path / "a"):
+        raise RuntimeError("bug")
+
+
 def test_an_error_about_another_file_is_not_ours(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), atomic_write(tmp_path / "a"):
         raise PermissionError(errno.EACCES, "denied", str(tmp_path / "source.txt"))
