@@ -1,0 +1,1 @@
+"""The command line: parse, call, print. Nothing here loads torch before a command needs it."""

@@ -1,0 +1,93 @@
+"""`mambakit train`: begin a run, or go on with one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from mambakit.cli.parsing import parse
+from mambakit.data.manifest import Manifest, is_prepared
+from mambakit.models.presets import preset
+from mambakit.train.config import TrainConfig, read_toml
+
+if TYPE_CHECKING:
+    from mambakit.train.callbacks import Callback
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model, or go on with the run that is in the folder --out.
+
+    Ctrl-C saves and stops; the same command goes on from there. On several GPUs:
+    torchrun --nproc-per-node 8 -m mambakit train ...
+    """
+
+    config: Path | None = None
+    """TOML file with any of the options below; a flag wins over the file."""
+    preset: str | None = None
+    """Shape of a released model: 130m, 370m, 790m, 1.4b or 2.8b."""
+    overwrite: bool = False
+    """Start afresh, removing the run that is in the folder."""
+    sample_every: int = 0
+    """Steps between two samples of what the model writes; 0: none."""
+    sample_prompt: str = ""
+    """Text that the samples continue; empty: a new document."""
+    run: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
+
+
+def run(args: Sequence[str]) -> int:
+    """Run `mambakit train`."""
+    options = parse(Train, args, "train", default=_defaults(args))
+    config = options.run
+
+    from mambakit.train import run_folder
+    from mambakit.train.progress import Progress
+    from mambakit.train.trainer import Trainer
+
+    progress = Progress()
+    callbacks: list[Callback] = [progress]
+    if options.sample_every:
+        from mambakit.cli.samples import Samples
+
+        callbacks.append(Samples(options.sample_every, options.sample_prompt, progress.console))
+    trainer = Trainer(config, callbacks=callbacks, overwrite=options.overwrite)
+    outcome = trainer.fit()
+    if not trainer.world.is_main:
+        return 0
+    print(f"step {outcome.step} of {config.steps} is saved in {config.out}")
+    if outcome.signal is not None:
+        print(f"go on with: mambakit train --config {config.out / run_folder.CONFIG}")
+        return 128 + outcome.signal
+    print(f"next: mambakit generate --checkpoint {config.out}")
+    return 0
+
+
+def _defaults(args: Sequence[str]) -> Train:
+    """The options before the flags: from the files that --config, --preset and --data name."""
+    config, shape, data = (_value(args, name) for name in ("--config", "--preset", "--data"))
+    values = read_toml(Path(config)) if config else {}
+    if shape:
+        values["model"] = preset(shape).to_dict()
+    data = data or values.get("data", "")
+    if is_prepared(data) and (shape or "vocab_size" not in values.get("model", {})):
+        vocabulary = Manifest.load(data).vocab_size
+        values["model"] = {**values.get("model", {}), "vocab_size": vocabulary}
+    run = TrainConfig.from_dict({"data": "", "out": "", **values})
+    for name in ("data", "out"):
+        if name not in values:
+            object.__setattr__(run, name, tyro.MISSING)  # So that tyro asks for it.
+    return Train(run=run)
+
+
+def _value(args: Sequence[str], flag: str) -> str | None:
+    """The value that a flag has on the command line, without parsing the rest."""
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        if arg == flag:
+            return following
+        if arg.startswith(f"{flag}="):
+            return arg.removeprefix(f"{flag}=")
+    return None
