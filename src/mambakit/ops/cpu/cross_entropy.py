@@ -1,0 +1,81 @@
+"""Cross-entropy of a linear layer on the CPU: a block of rows at a time, the gradients made along with the loss.
+
+The logits of a block are needed twice, for the loss and for its gradient (softmax - one-hot). Making both while the
+block exists saves the third of the matrix products that computing the logits again would cost.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGITS_BYTES = 128 * 2**20
+"""Memory of the float32 logits of one block."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
+) -> Tensor:
+    """Arguments as in `mambakit.ops.linear_cross_entropy`."""
+    needs = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _forward(hidden, weight, targets, ignore_index, needs)[0]
+
+
+@torch.library.custom_op("mambakit::cpu_linear_cross_entropy", mutates_args=(), device_types="cpu")
+def _forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradients: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean loss and, if `gradients`, those of hidden and (in float32) of weight; else of no elements."""
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    block = max(1, LOGITS_BYTES // (4 * vocab))
+    matrix = weight.to(hidden.dtype)
+    counted = targets != ignore_index
+    scale = 1 / counted.sum()
+    total = torch.zeros((), dtype=torch.float64)
+    dhidden = torch.empty_like(hidden) if gradients else hidden.new_empty(0)
+    dweight = torch.zeros(weight.shape if gradients else 0, dtype=torch.float32)
+
+    for start in range(0, rows, block):
+        part = slice(start, start + block)
+        counts = counted[part]
+        logits = (hidden[part] @ matrix.t()).float()
+        index = torch.where(counts, targets[part], 0)[:, None]
+        normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+        losses = (normaliser - logits.gather(1, index))[:, 0]
+        total += torch.where(counts, losses, 0).sum(dtype=torch.float64)
+        if gradients:
+            weights = (counts * scale)[:, None]
+            dlogits = logits.sub_(normaliser).exp_().mul_(weights)
+            dlogits.scatter_add_(1, index, -weights)
+            dlogits = dlogits.to(hidden.dtype)
+            torch.matmul(dlogits, matrix, out=dhidden[part])
+            dweight += dlogits.t() @ hidden[part]
+    return (total * scale).float(), dhidden, dweight
+
+
+@_forward.register_fake
+def _(hidden, weight, targets, ignore_index, gradients):
+    dhidden = hidden.new_empty(hidden.shape if gradients else 0)
+    dweight = weight.new_empty(weight.shape if gradients else 0, dtype=torch.float32)
+    return hidden.new_empty((), dtype=torch.float32), dhidden, dweight
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.weight_dtype = inputs[1].dtype
+    ctx.save_for_backward(*output[1:])
+
+
+def _gradients(ctx: Any, dloss: Tensor, _dhidden: Tensor, _dweight: Tensor) -> tuple[Any, ...]:
+    dhidden, dweight = ctx.saved_tensors
+    return (
+        dhidden * dloss.to(dhidden.dtype),
+        (dweight * dloss).to(ctx.weight_dtype),
+        None,
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)

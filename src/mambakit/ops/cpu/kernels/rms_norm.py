@@ -1,0 +1,76 @@
+"""Root-mean-square normalisation on the CPU, forward and backward; one task is `ROWS` rows of M values."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba.extending import register_jitable
+
+from mambakit.ops.cpu.kernels.simd import LANES, kernel, load, store
+
+ROWS = 16
+
+
+@register_jitable
+def dot(a, b):
+    """Sum of a b in a fixed order that vectorises: a lane each, then across lanes, then the rest."""
+    lanes = np.zeros(LANES, np.float32)
+    whole = a.size // LANES * LANES
+    a_lanes, b_lanes = a[:whole].reshape(-1, LANES), b[:whole].reshape(-1, LANES)
+    for k in range(a_lanes.shape[0]):
+        for i in range(LANES):
+            lanes[i] += a_lanes[k, i] * b_lanes[k, i]
+    total = np.float32(0)
+    for i in range(LANES):
+        total += lanes[i]
+    for i in range(whole, a.size):
+        total += a[i] * b[i]
+    return total
+
+
+@kernel
+def forward(first, last, x, residual, weight, eps, y, total):
+    """total = x + residual (x alone if that is None), and y = total normalised; x, y: (rows, M)."""
+    width = x.shape[1]
+    values = np.empty(width, np.float32)
+    for r in range(first * ROWS, min(last * ROWS, x.shape[0])):
+        x_row, y_row = x[r], y[r]
+        for c in range(width):
+            values[c] = load(x_row, c)
+        if residual is not None:
+            residual_row, total_row = residual[r], total[r]
+            for c in range(width):
+                values[c] += load(residual_row, c)
+                store(total_row, c, values[c])
+        scale = np.float32(1) / np.sqrt(dot(values, values) / np.float32(width) + eps)
+        for c in range(width):
+            store(y_row, c, values[c] * scale * weight[c])
+
+
+@kernel
+def backward(first, last, total, weight, eps, dy, dtotal, dx, dweight):
+    """dx = dtotal + the gradient through the norm of `total`; dweight: (tasks, M), still to be summed.
+
+    With s = 1 / rms and n = s total:  d total = s (weight dy - n mean(weight dy n)).
+    """
+    width = total.shape[1]
+    values, scaled = np.empty(width, np.float32), np.empty(width, np.float32)
+    for task in range(first, last):
+        dweight_row = dweight[task]
+        for r in range(task * ROWS, min((task + 1) * ROWS, total.shape[0])):
+            total_row, dy_row, dx_row = total[r], dy[r], dx[r]
+            for c in range(width):
+                values[c] = load(total_row, c)
+            scale = np.float32(1) / np.sqrt(dot(values, values) / np.float32(width) + eps)
+            for c in range(width):
+                values[c] *= scale
+                scaled[c] = load(dy_row, c) * weight[c]
+            mean = dot(values, scaled) / np.float32(width)
+            for c in range(width):
+                dweight_row[c] += load(dy_row, c) * values[c]
+                scaled[c] = scale * (scaled[c] - values[c] * mean)
+            if dtotal is not None:
+                dtotal_row = dtotal[r]
+                for c in range(width):
+                    scaled[c] += load(dtotal_row, c)
+            for c in range(width):
+                store(dx_row, c, scaled[c])

@@ -1,0 +1,304 @@
+"""The selective scan on the CPU, forward and backward, for real A.
+
+One task is one batch row and one group of channels; it walks the time in tiles of `TILE` steps. In a tile
+
+1. whole rows of the inputs are read and turned into dt (after bias and softplus) and u = dt x,
+2. the recurrence runs over one block of `LANES` channels after the other: its states stay in the first-level cache,
+   a time step is one vector operation per state and term, and nothing is ever summed across lanes,
+3. whole rows of the results are written.
+
+Parameters come in blocks, (groups, blocks, N, LANES) with zeros where there is no channel, A already times log2(e).
+B and C are (B, L, N), or in blocks if constant in time. Absent arrays are None: Numba compiles one kernel for each
+combination in use and drops the dead branches.
+
+The backward keeps nothing of the forward but the state before each tile. It walks the tiles from the last to the
+first, replays the states and decays of a tile, and then runs the adjoint recurrence through it (the formulas:
+docs/maths/selective-scan.md). dB and dC are sums over channels: they are kept a lane each over the blocks of a group,
+added across lanes once a tile, and written one row a group, for the caller to add in a fixed order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba.extending import overload, register_jitable
+
+from mambakit.ops.cpu.kernels.rows import row
+from mambakit.ops.cpu.kernels.simd import LANES, exp2, kernel, load, sigmoid, softplus, store
+
+TILE = 16
+ZERO, ONE = np.float32(0), np.float32(1)
+LN_2 = np.float32(0.6931471805599453)  # A in blocks is A log2(e); its gradient to dt needs A
+
+
+def weight(W, b, t, g, j, n, i):
+    """B or C of batch row b and time t (which vary together), or of lane i in block j of group g."""
+
+
+@overload(weight, inline="always")
+def _weight(W, b, t, g, j, n, i):
+    if W.ndim == 3:
+        return lambda W, b, t, g, j, n, i: W[b, t, n]
+    return lambda W, b, t, g, j, n, i: W[g, j, n, i]
+
+
+@register_jitable
+def read_inputs(x, dt, dt_bias, dt_softplus, b, start, steps, channel, width, dts, u):
+    """dts = dt after bias and softplus, u = dts x, for one tile; both (TILE, channels of a group)."""
+    for t in range(steps):
+        dt_row, x_row = row(dt, b, start + t, channel, width), row(x, b, start + t, channel, width)
+        if dt_bias is None:
+            for c in range(width):
+                dts[t, c] = load(dt_row, c)
+        else:
+            bias = dt_bias[channel : channel + width]
+            for c in range(width):
+                dts[t, c] = load(dt_row, c) + bias[c]
+        if dt_softplus:
+            for c in range(width):
+                dts[t, c] = softplus(dts[t, c])
+        for c in range(width):
+            u[t, c] = dts[t, c] * load(x_row, c)
+
+
+@kernel
+def forward(
+    first, last, seqlen, d_inner, x, dt, A, B, C, D, z, dt_bias, dt_softplus, restart, state, y, saved,
+):  # fmt: skip
+    """Write y and, if `saved` is given, the state before each tile; advance `state` from initial to final.
+
+    x, dt, z, y: Rows. state: (B, groups, blocks, N, LANES). restart: (B, L) bool. saved: (B, tiles, *state[0].shape).
+    """
+    groups, blocks, d_state, _ = A.shape
+    group_width = blocks * LANES
+    dts = np.zeros((TILE, blocks, LANES), np.float32)
+    u = np.zeros((TILE, blocks, LANES), np.float32)
+    sums = np.empty((TILE, blocks, LANES), np.float32)
+    dts_rows, u_rows = dts.reshape(TILE, group_width), u.reshape(TILE, group_width)
+    sums_rows = sums.reshape(TILE, group_width)
+
+    for task in range(first, last):
+        b, g = task // groups, task % groups
+        channel = g * group_width
+        width = min(group_width, d_inner - channel)
+        used = (width + LANES - 1) // LANES
+        h = state[b, g]
+        dts_rows[:, width:] = ZERO
+        u_rows[:, width:] = ZERO
+        for tile in range((seqlen + TILE - 1) // TILE):
+            start = tile * TILE
+            steps = min(TILE, seqlen - start)
+            if saved is not None:
+                saved[b, tile, g] = h
+            read_inputs(
+                x, dt, dt_bias, dt_softplus, b, start, steps, channel, width, dts_rows, u_rows
+            )
+            for j in range(used):
+                for t in range(steps):
+                    if restart is not None and restart[b, start + t]:
+                        h[j] = ZERO
+                    for i in range(LANES):
+                        sums[t, j, i] = ZERO
+                    for n in range(d_state):
+                        for i in range(LANES):
+                            decay = exp2(dts[t, j, i] * A[g, j, n, i])
+                            B_n = weight(B, b, start + t, g, j, n, i)
+                            C_n = weight(C, b, start + t, g, j, n, i)
+                            h_n = decay * h[j, n, i] + B_n * u[t, j, i]
+                            h[j, n, i] = h_n
+                            sums[t, j, i] += C_n * h_n
+            for t in range(steps):
+                y_row = row(y, b, start + t, channel, width)
+                if D is not None:
+                    D_row = D[channel : channel + width]
+                    x_row = row(x, b, start + t, channel, width)
+                    for c in range(width):
+                        sums_rows[t, c] += D_row[c] * load(x_row, c)
+                if z is not None:
+                    z_row = row(z, b, start + t, channel, width)
+                    for c in range(width):
+                        z_c = load(z_row, c)
+                        sums_rows[t, c] *= z_c * sigmoid(z_c)
+                for c in range(width):
+                    store(y_row, c, sums_rows[t, c])
+
+
+def add(dW, amount, t, j, n, i):
+    """Add a lane's amount to the gradient of B or C: of a step in this tile, or of the constant in block j."""
+
+
+@overload(add, inline="always")
+def _add(dW, amount, t, j, n, i):
+    if dW.ndim == 3:
+
+        def varying(dW, amount, t, j, n, i):
+            dW[t, n, i] += amount
+
+        return varying
+
+    def constant(dW, amount, t, j, n, i):
+        dW[0, j, n, i] += amount
+
+    return constant
+
+
+@register_jitable
+def replay(dts, u, A, B, C, restart, b, start, steps, g, j, h, decays, sums):
+    """Recompute a tile of one block: h[t + 1] and the decays of step t, from h[0]; and sums = sum_n C h."""
+    for t in range(steps):
+        alive = ZERO if restart is not None and restart[b, start + t] else ONE
+        for i in range(LANES):
+            sums[t, j, i] = ZERO
+        for n in range(A.shape[2]):
+            for i in range(LANES):
+                decay = exp2(dts[t, j, i] * A[g, j, n, i]) * alive
+                B_n = weight(B, b, start + t, g, j, n, i)
+                C_n = weight(C, b, start + t, g, j, n, i)
+                h_n = decay * h[t, n, i] + B_n * u[t, j, i]
+                decays[t, n, i] = decay
+                h[t + 1, n, i] = h_n
+                sums[t, j, i] += C_n * h_n
+
+
+@register_jitable
+def adjoint(dts, u, A, B, C, b, start, steps, g, j, h, decays, dsums, l, dA, dB, dC, du, ddts):
+    """Run the adjoint recurrence of one block backwards through a tile.
+
+    l is the adjoint of the state after the tile times the decay into it; it becomes that of the state before.
+    """
+    for t in range(steps - 1, -1, -1):
+        for i in range(LANES):
+            du[t, j, i] = ZERO
+            ddts[t, j, i] = ZERO
+        for n in range(A.shape[2]):
+            for i in range(LANES):
+                B_n = weight(B, b, start + t, g, j, n, i)
+                C_n = weight(C, b, start + t, g, j, n, i)
+                l_n = C_n * dsums[t, j, i] + l[j, n, i]
+                add(dC, dsums[t, j, i] * h[t + 1, n, i], t, j, n, i)
+                add(dB, l_n * u[t, j, i], t, j, n, i)
+                du[t, j, i] += l_n * B_n
+                l_n *= decays[t, n, i]
+                q = l_n * h[t, n, i]
+                ddts[t, j, i] += q * A[g, j, n, i]
+                dA[j, n, i] += q * dts[t, j, i]
+                l[j, n, i] = l_n
+
+
+@register_jitable
+def add_lanes(lanes, steps, sums):
+    """sums[t, n] = the sum of lanes[t, n] in a fixed order; lanes is used up and left at zero."""
+    for t in range(steps):
+        for n in range(lanes.shape[1]):
+            for i in range(8):
+                lanes[t, n, i] += lanes[t, n, i + 8]
+            for i in range(4):
+                lanes[t, n, i] += lanes[t, n, i + 4]
+            sums[t, n] = (lanes[t, n, 0] + lanes[t, n, 2]) + (lanes[t, n, 1] + lanes[t, n, 3])
+            for i in range(LANES):
+                lanes[t, n, i] = ZERO
+
+
+@kernel
+def backward(
+    first, last, seqlen, d_inner, x, dt, A, B, C, D, z, dt_bias, dt_softplus, restart, saved,
+    dy, l, dx, ddt, dA, dB, dC, dD, dz, ddt_bias,
+):  # fmt: skip
+    """Write all gradients; l comes in as the gradient of the final state and goes out as that of the initial.
+
+    x, dt, z, dy, dx, ddt, dz: Rows. l and dA (still to be summed over the batch): (B, groups, blocks, N, LANES); dB, dC:
+    (groups, B, L, N), still to be summed over the groups, or like dA if constant. dD, ddt_bias: (B, D).
+    """
+    groups, blocks, d_state, _ = A.shape
+    group_width = blocks * LANES
+    shape = (TILE, blocks, LANES)
+    dts, u, sums = np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    dsums, du, ddts = np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    flat = (TILE, group_width)
+    dts_rows, u_rows, sums_rows = dts.reshape(flat), u.reshape(flat), sums.reshape(flat)
+    dsums_rows, du_rows, ddts_rows = dsums.reshape(flat), du.reshape(flat), ddts.reshape(flat)
+    h = np.empty((TILE + 1, d_state, LANES), np.float32)
+    decays = np.empty((TILE, d_state, LANES), np.float32)
+    dB_lanes = np.zeros((TILE, d_state, LANES), np.float32)
+    dC_lanes = np.zeros((TILE, d_state, LANES), np.float32)
+
+    for task in range(first, last):
+        b, g = task // groups, task % groups
+        channel = g * group_width
+        width = min(group_width, d_inner - channel)
+        used = (width + LANES - 1) // LANES
+        dts_rows[:, width:] = ZERO
+        u_rows[:, width:] = ZERO
+        dsums_rows[:, width:] = ZERO
+        for tile in range((seqlen + TILE - 1) // TILE - 1, -1, -1):
+            start = tile * TILE
+            steps = min(TILE, seqlen - start)
+            read_inputs(
+                x, dt, dt_bias, dt_softplus, b, start, steps, channel, width, dts_rows, u_rows
+            )
+            for t in range(steps):
+                dy_row = row(dy, b, start + t, channel, width)
+                if z is None:
+                    for c in range(width):
+                        dsums_rows[t, c] = load(dy_row, c)
+                else:
+                    z_row = row(z, b, start + t, channel, width)
+                    for c in range(width):
+                        z_c = load(z_row, c)
+                        dsums_rows[t, c] = load(dy_row, c) * (z_c * sigmoid(z_c))
+            for j in range(used):
+                h[0] = saved[b, tile, g, j]
+                replay(dts, u, A, B, C, restart, b, start, steps, g, j, h, decays, sums)
+                adjoint(
+                    dts, u, A, B, C, b, start, steps, g, j, h, decays, dsums, l[b, g], dA[b, g],
+                    dB_lanes if B.ndim == 3 else dB[b, g : g + 1],
+                    dC_lanes if C.ndim == 3 else dC[b, g : g + 1],
+                    du, ddts,
+                )  # fmt: skip
+            if B.ndim == 3:
+                add_lanes(dB_lanes, steps, dB[g, b, start:])
+            if C.ndim == 3:
+                add_lanes(dC_lanes, steps, dC[g, b, start:])
+            for t in range(steps):
+                x_row = row(x, b, start + t, channel, width)
+                dx_row = row(dx, b, start + t, channel, width)
+                if z is not None:
+                    z_row = row(z, b, start + t, channel, width)
+                    dy_row = row(dy, b, start + t, channel, width)
+                    dz_row = row(dz, b, start + t, channel, width)
+                    if D is not None:
+                        D_row = D[channel : channel + width]
+                        for c in range(width):
+                            sums_rows[t, c] += D_row[c] * load(x_row, c)
+                    for c in range(width):
+                        z_c = load(z_row, c)
+                        s = sigmoid(z_c)
+                        slope = s * (ONE + z_c * (ONE - s))
+                        store(dz_row, c, load(dy_row, c) * sums_rows[t, c] * slope)
+                if D is None:
+                    for c in range(width):
+                        store(dx_row, c, du_rows[t, c] * dts_rows[t, c])
+                else:
+                    D_row = D[channel : channel + width]
+                    dD_row = dD[b, channel : channel + width]
+                    for c in range(width):
+                        store(dx_row, c, du_rows[t, c] * dts_rows[t, c] + D_row[c] * dsums_rows[t, c])
+                    for c in range(width):
+                        dD_row[c] += dsums_rows[t, c] * load(x_row, c)
+                for c in range(width):
+                    ddts_rows[t, c] = ddts_rows[t, c] * LN_2 + du_rows[t, c] * load(x_row, c)
+                if dt_softplus:
+                    dt_row = row(dt, b, start + t, channel, width)
+                    if dt_bias is None:
+                        for c in range(width):
+                            ddts_rows[t, c] *= sigmoid(load(dt_row, c))
+                    else:
+                        bias = dt_bias[channel : channel + width]
+                        for c in range(width):
+                            ddts_rows[t, c] *= sigmoid(load(dt_row, c) + bias[c])
+                if dt_bias is not None:
+                    dbias_row = ddt_bias[b, channel : channel + width]
+                    for c in range(width):
+                        dbias_row[c] += ddts_rows[t, c]
+                ddt_row = row(ddt, b, start + t, channel, width)
+                for c in range(width):
+                    store(ddt_row, c, ddts_rows[t, c])

@@ -1,0 +1,159 @@
+"""Scalar functions that LLVM turns into vector code: no library calls, no branches, float32 throughout.
+
+Loops over `LANES` neighbouring channels become one AVX-512 register, two AVX2 registers or four NEON registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import float32, njit, types, uint16
+from numba.extending import intrinsic, overload, register_jitable
+
+LANES = 16
+LOG2_E = np.float32(1.4426950408889634)
+LN_2 = np.float32(0.693145751953125)  # the first 15 bits of ln 2
+LN_2_REST = np.float32(0.6931471805599453 - 0.693145751953125)
+ROUND = np.float32(1.5 * 2**23)
+"""Adding it leaves no bit for a fraction, so the sum is rounded to an integer, held in the low mantissa bits."""
+
+_I16, _I32 = ir.IntType(16), ir.IntType(32)
+
+
+def kernel(function: Any) -> Any:
+    """Compile without the GIL, a*b+c contracted to one rounding, the machine code cached on disk."""
+    return njit(function, nogil=True, fastmath={"contract"}, error_model="numpy", cache=True)
+
+
+@intrinsic
+def _scale(typingctx: Any, p: Any, k: Any) -> Any:
+    """P times two to the integer that the low mantissa bits of k hold: an addition to the exponent bits."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits, shift = (builder.bitcast(a, _I32) for a in args)
+        return builder.bitcast(
+            builder.add(bits, builder.shl(shift, ir.Constant(_I32, 23))), ir.FloatType()
+        )
+
+    return float32(float32, float32), build
+
+
+@register_jitable
+def _two_to_the(k: float, f: float) -> float:
+    """2^(k + f) to 1 ulp, |f| <= 1/2: a polynomial for 2^f, and k (plus ROUND) into the exponent."""
+    p = np.float32(1.5345812e-04)
+    p = p * f + np.float32(1.3399931e-03)
+    p = p * f + np.float32(9.6184891e-03)
+    p = p * f + np.float32(5.5503286e-02)
+    p = p * f + np.float32(2.4022646e-01)
+    p = p * f + np.float32(6.9314718e-01)
+    p = p * f + np.float32(1.0)
+    return _scale(p, k)
+
+
+@register_jitable
+def exp2(x: float) -> float:
+    """2^x to 1 ulp.
+
+    x is clamped to [-126, 128]: below, 2^-126 stands for zero; above, the result is infinite. NaN stays NaN.
+    """
+    x = np.float32(-126.0) if x < np.float32(-126.0) else x
+    x = np.float32(128.0) if x > np.float32(128.0) else x
+    k = x + ROUND
+    return _two_to_the(k, x - (k - ROUND))
+
+
+@register_jitable
+def exp(x: float) -> float:
+    """e^x to 1 ulp for x in [-87, 88], to which it is clamped; NaN stays NaN.
+
+    The nearest multiple of ln 2 is taken off in two parts, the first exact, so nothing is lost for large x.
+    """
+    x = np.float32(-87.0) if x < np.float32(-87.0) else x
+    x = np.float32(88.0) if x > np.float32(88.0) else x
+    k = x * LOG2_E + ROUND
+    n = k - ROUND
+    return _two_to_the(k, (x - n * LN_2 - n * LN_2_REST) * LOG2_E)
+
+
+@register_jitable
+def sigmoid(x: float) -> float:
+    """1 / (1 + e^-x)."""
+    return np.float32(1.0) / (np.float32(1.0) + exp(-x))
+
+
+@register_jitable
+def softplus(x: float) -> float:
+    """ln(1 + e^x) = max(x, 0) + ln(1 + w) with w = e^-|x|, to a few ulp also where it is tiny.
+
+    ln(1 + w) = 2 artanh(s) with s = w / (2 + w) <= 1/3: a polynomial in s^2.
+    """
+    w = exp(-abs(x))
+    s = w / (np.float32(2.0) + w)
+    q = s * s
+    p = np.float32(1.40891671e-01)
+    p = p * q + np.float32(1.39803022e-01)
+    p = p * q + np.float32(2.00124547e-01)
+    p = p * q + np.float32(3.33331585e-01)
+    p = p * q + np.float32(1.0)
+    positive = x if x > np.float32(0.0) else np.float32(0.0)
+    return positive + np.float32(2.0) * s * p
+
+
+@intrinsic
+def _from_bfloat16(typingctx: Any, bits: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = builder.shl(builder.zext(args[0], _I32), ir.Constant(_I32, 16))
+        return builder.bitcast(wide, ir.FloatType())
+
+    return float32(uint16), build
+
+
+@intrinsic
+def _to_bfloat16(typingctx: Any, value: Any) -> Any:
+    """Round to nearest, ties to even; a NaN must not carry over into the exponent."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def constant(value: int) -> Any:
+            return ir.Constant(_I32, value)
+
+        bits = builder.bitcast(args[0], _I32)
+        odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+        rounded = builder.add(builder.add(bits, constant(0x7FFF)), odd)
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        chosen = builder.select(is_nan, constant(0x7FC00000), rounded)
+        return builder.trunc(builder.lshr(chosen, constant(16)), _I16)
+
+    return uint16(float32), build
+
+
+def load(row, i):
+    """row[i] as float32; uint16 rows hold the bits of bfloat16."""
+
+
+@overload(load, inline="always")
+def _load(row, i):
+    if row.dtype == types.uint16:
+        return lambda row, i: _from_bfloat16(row[i])
+    return lambda row, i: row[i]
+
+
+def store(row, i, value):
+    """row[i] = value, rounded to bfloat16 where the row is uint16."""
+
+
+@overload(store, inline="always")
+def _store(row, i, value):
+    if row.dtype == types.uint16:
+
+        def narrow(row, i, value):
+            row[i] = _to_bfloat16(value)
+
+        return narrow
+
+    def plain(row, i, value):
+        row[i] = value
+
+    return plain

@@ -1,0 +1,99 @@
+"""Root-mean-square normalisation on the CPU: PyTorch custom ops around `kernels.rms_norm`."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from mambakit.ops.cpu.arrays import array, vector
+from mambakit.ops.cpu.threads import run
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Arguments as in `mambakit.ops.rms_norm`."""
+    return _forward(x, None, weight, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Arguments as in `mambakit.ops.add_rms_norm`."""
+    return _forward(x, residual, weight, eps)
+
+
+@torch.library.custom_op("mambakit::cpu_rms_norm", mutates_args=(), device_types="cpu")
+def _forward(
+    x: Tensor, residual: Optional[Tensor], weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """y, and x + residual (of no elements without a residual)."""
+    from mambakit.ops.cpu.kernels.rms_norm import forward
+
+    rows = _rows(x)
+    y = torch.empty_like(rows)
+    old = None if residual is None else _rows(residual)
+    total = None if old is None else torch.empty_like(old)
+    run(
+        forward, _tasks(rows), array(rows), array(old), vector(weight), torch.tensor(eps).numpy()[()],
+        array(y), array(total),
+    )  # fmt: skip
+    y = y.to(x.dtype).view(x.shape)
+    if residual is None or total is None:
+        return y, x.new_empty(0)
+    return y, total.to(residual.dtype).view(x.shape)
+
+
+@_forward.register_fake
+def _(x, residual, weight, eps):
+    y = x.new_empty(x.shape)
+    return y, x.new_empty(0) if residual is None else residual.new_empty(x.shape)
+
+
+@torch.library.custom_op("mambakit::cpu_rms_norm_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    total: Tensor, weight: Tensor, eps: float, dy: Tensor, dtotal: Optional[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the sum x + residual, in float32, and of the weight."""
+    from mambakit.ops.cpu.kernels.rms_norm import backward
+
+    rows = _rows(total)
+    dx = torch.empty(rows.shape)
+    dweight = torch.zeros(_tasks(rows), rows.shape[1])
+    run(
+        backward, _tasks(rows), array(rows), vector(weight), torch.tensor(eps).numpy()[()],
+        array(_rows(dy)), None if dtotal is None else array(_rows(dtotal)), array(dx), array(dweight),
+    )  # fmt: skip
+    return dx.view(total.shape), dweight.sum(0).to(weight.dtype)
+
+
+@_backward.register_fake
+def _(total, weight, eps, dy, dtotal):
+    return total.new_empty(total.shape, dtype=torch.float32), weight.new_empty(weight.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, residual, weight, ctx.eps = inputs
+    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+    ctx.save_for_backward(x if residual is None else output[1], weight)
+
+
+def _gradients(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Any, ...]:
+    total, weight = ctx.saved_tensors
+    x_dtype, residual_dtype = ctx.dtypes
+    add = residual_dtype is not None
+    dx, dweight = _backward(total, weight, ctx.eps, dy, dtotal if add else None)
+    return dx.to(x_dtype), dx.to(residual_dtype) if add else None, dweight, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., M) as contiguous (rows, M), float32 or bfloat16."""
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    return flat if flat.dtype == torch.bfloat16 else flat.float()
+
+
+def _tasks(rows: Tensor) -> int:
+    from mambakit.ops.cpu.kernels.rms_norm import ROWS
+
+    return -(-rows.shape[0] // ROWS)

@@ -1,0 +1,296 @@
+"""The selective scan on the CPU: PyTorch custom ops around the kernels of `kernels.selective_scan`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from mambakit.ops.cpu.arrays import array, readable, rows, vector
+from mambakit.ops.cpu.threads import run
+
+LANES = 16
+TILE = 16
+LOG2_E = 1.4426950408889634
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments as in `mambakit.ops.selective_scan`."""
+    restart = None
+    if seq_idx is not None:
+        restart = torch.zeros_like(seq_idx, dtype=torch.bool)
+        restart[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    groups = math.lcm(*(W.shape[2] for W in (B, C) if W.ndim == 4))
+    width = x.shape[2] // groups
+
+    def scan(group: int) -> tuple[Tensor, Tensor]:
+        channels = slice(group * width, (group + 1) * width)
+
+        def weight(W: Tensor) -> Tensor:
+            if W.ndim == 2:
+                return W[channels]
+            return W if W.ndim == 3 else W[:, :, group * W.shape[2] // groups]
+
+        tensors = (
+            x[..., channels],
+            dt[..., channels],
+            A[channels],
+            weight(B),
+            weight(C),
+            None if D is None else D[channels],
+            None if z is None else z[..., channels],
+            None if dt_bias is None else dt_bias[channels],
+            None if initial_state is None else initial_state[:, channels],
+        )
+        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        y, state, _ = _forward(*tensors, restart, dt_softplus, save)
+        return y, state
+
+    if groups == 1:
+        return scan(0)
+    ys, states = zip(*map(scan, range(groups)), strict=True)
+    return torch.cat(ys, dim=2), torch.cat(states, dim=1)
+
+
+def cut_channels(batch: int, d_inner: int) -> tuple[int, int]:
+    """(groups, blocks of `LANES` channels in a group), from the shape alone, so that sums have a fixed order.
+
+    Eight blocks read long rows and share the sums of dB and dC; fewer if that left less than eight tasks.
+    """
+    blocks = 8
+    while blocks > 1 and batch * -(-d_inner // (blocks * LANES)) < 8:
+        blocks //= 2
+    return -(-d_inner // (blocks * LANES)), blocks
+
+
+def to_blocks(parameter: Tensor, groups: int, blocks: int) -> Tensor:
+    """(..., D, N) as (..., groups, blocks, N, LANES), float32, zeros where there is no channel."""
+    *outer, d_inner, d_state = parameter.shape
+    padded = parameter.new_zeros(*outer, groups * blocks * LANES, d_state, dtype=torch.float32)
+    padded[..., :d_inner, :] = parameter
+    return padded.view(*outer, groups, blocks, LANES, d_state).transpose(-1, -2).contiguous()
+
+
+def from_blocks(parameter: Tensor, d_inner: int) -> Tensor:
+    """The inverse of `to_blocks`."""
+    *outer, groups, blocks, d_state, _ = parameter.shape
+    flat = parameter.transpose(-1, -2).reshape(*outer, groups * blocks * LANES, d_state)
+    return flat[..., :d_inner, :].contiguous()
+
+
+@torch.library.custom_op("mambakit::cpu_selective_scan", mutates_args=(), device_types="cpu")
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],
+    z: Optional[Tensor],
+    dt_bias: Optional[Tensor],
+    initial_state: Optional[Tensor],
+    restart: Optional[Tensor],
+    dt_softplus: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and the state before each tile in blocks (of no tiles unless `save`)."""
+    from mambakit.ops.cpu.kernels.selective_scan import forward
+
+    batch, seqlen, d_inner = x.shape
+    cut = cut_channels(batch, d_inner)
+    start = A.new_zeros(batch, *A.shape) if initial_state is None else initial_state
+    state = to_blocks(start, *cut)
+    saved = state.new_empty(_saved_shape(x, A, save))
+    y = torch.empty_like(readable(x), memory_format=torch.contiguous_format)
+    run(
+        forward, batch * cut[0], seqlen, d_inner, *_inputs(x, dt, A, B, C, D, z, dt_bias, cut), dt_softplus,
+        array(restart), array(state), rows(y), array(saved) if save else None,
+    )  # fmt: skip
+    return y.to(x.dtype), from_blocks(state, d_inner), saved
+
+
+@_forward.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, initial_state, restart, dt_softplus, save):
+    state = x.new_empty(x.shape[0], *A.shape, dtype=torch.float32)
+    saved = state.new_empty(_saved_shape(x, A, save))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), state, saved
+
+
+@torch.library.custom_op("mambakit::cpu_selective_scan_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    dy: Tensor,
+    dstate: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],
+    z: Optional[Tensor],
+    dt_bias: Optional[Tensor],
+    restart: Optional[Tensor],
+    saved: Tensor,
+    dt_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial state (of no elements for absent inputs)."""
+    from mambakit.ops.cpu.kernels.selective_scan import backward
+
+    batch, seqlen, d_inner = x.shape
+    cut = cut_channels(batch, d_inner)
+    adjoint = to_blocks(dstate, *cut)
+    dA = torch.zeros_like(adjoint)
+    dB, dC = (
+        torch.zeros_like(adjoint) if W.ndim == 2 else adjoint.new_empty(cut[0], *W.shape)
+        for W in (B, C)
+    )
+    dD, dbias = (adjoint.new_zeros(batch, d_inner if v is not None else 0) for v in (D, dt_bias))
+    dx, ddt, dz = (
+        adjoint.new_empty(0) if t is None else torch.empty_like(readable(t), memory_format=torch.contiguous_format)
+        for t in (x, dt, z)
+    )
+    run(
+        backward, batch * cut[0], seqlen, d_inner, *_inputs(x, dt, A, B, C, D, z, dt_bias, cut), dt_softplus,
+        array(restart), array(saved), rows(readable(dy)), array(adjoint), rows(dx), rows(ddt), array(dA),
+        array(dB), array(dC), array(dD), rows(dz) if z is not None else None, array(dbias),
+    )  # fmt: skip
+
+    def like(gradient: Tensor, parameter: Tensor | None) -> Tensor:
+        return gradient if parameter is None else gradient.to(parameter.dtype)
+
+    return (
+        like(dx, x),
+        like(ddt, dt),
+        like(from_blocks(dA.sum(0), d_inner), A),
+        like(dB.sum(0) if B.ndim == 3 else from_blocks(dB.sum(0), d_inner), B),
+        like(dC.sum(0) if C.ndim == 3 else from_blocks(dC.sum(0), d_inner), C),
+        like(dD.sum(0), D),
+        like(dz, z),
+        like(dbias.sum(0), dt_bias),
+        from_blocks(adjoint, d_inner),
+    )
+
+
+@_backward.register_fake
+def _(dy, dstate, x, dt, A, B, C, D, z, dt_bias, restart, saved, dt_softplus):
+    def like(tensor: Tensor | None) -> Tensor:
+        return x.new_empty(0, dtype=torch.float32) if tensor is None else tensor.new_empty(tensor.shape)
+
+    return tuple(like(t) for t in (x, dt, A, B, C, D, z, dt_bias, dstate))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, initial_state, restart, dt_softplus, _ = inputs
+    ctx.save_for_backward(*tensors, restart, output[2])
+    ctx.dt_softplus, ctx.has_initial_state = dt_softplus, initial_state is not None
+    ctx.set_materialize_grads(True)
+
+
+def _gradients(ctx: Any, dy: Tensor, dstate: Tensor, _: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    D, z, dt_bias = saved[5:8]
+    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = _backward(dy, dstate, *saved, ctx.dt_softplus)
+    return (
+        dx,
+        ddt,
+        dA,
+        dB,
+        dC,
+        None if D is None else dD,
+        None if z is None else dz,
+        None if dt_bias is None else dbias,
+        dinitial if ctx.has_initial_state else None,
+        None,
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def _saved_shape(x: Tensor, A: Tensor, save: bool) -> tuple[int, ...]:
+    batch, seqlen, d_inner = x.shape
+    tiles = -(-seqlen // TILE) if save else 0
+    return (batch, tiles, *cut_channels(batch, d_inner), A.shape[1], LANES)
+
+
+def _inputs(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    cut: tuple[int, int],
+) -> tuple[Any, ...]:
+    """What both kernels read, in their form: A times log2(e); B and C in blocks if constant in time."""
+    B, C = (to_blocks(W, *cut) if W.ndim == 2 else W.float().contiguous() for W in (B, C))
+    A = to_blocks(A * LOG2_E, *cut)
+    return (
+        rows(readable(x)), rows(readable(dt)), array(A), array(B), array(C), vector(D),
+        None if z is None else rows(readable(z)), vector(dt_bias),
+    )  # fmt: skip
+
+
+def selective_scan_step(
+    ssm_state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """Arguments as in `mambakit.ops.selective_scan_step`."""
+    return _step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+@torch.library.custom_op(
+    "mambakit::cpu_selective_scan_step", mutates_args=("ssm_state",), device_types="cpu"
+)
+def _step(
+    ssm_state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],
+    z: Optional[Tensor],
+    dt_bias: Optional[Tensor],
+    dt_softplus: bool,
+) -> Tensor:
+    from mambakit.ops.cpu.kernels.selective_scan_step import step
+
+    batch, d_inner = x.shape
+    y = torch.empty_like(readable(x), memory_format=torch.contiguous_format)
+    B, C = (W.float().view(W.shape[0], -1, W.shape[-1]) for W in (B, C))
+    run(
+        step, batch, array(ssm_state), array(readable(x)), array(readable(dt)), vector(A), array(B), array(C),
+        vector(D), None if z is None else array(readable(z)), vector(dt_bias), dt_softplus, array(y),
+    )  # fmt: skip
+    return y.to(x.dtype)
+
+
+@_step.register_fake
+def _(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

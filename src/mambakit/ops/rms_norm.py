@@ -1,0 +1,85 @@
+"""Root-mean-square normalisation, alone and fused with the addition to the residual stream."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mambakit.ops.checks import check_device, check_float, check_shape
+from mambakit.ops.cpu import rms_norm as cpu
+from mambakit.ops.dispatch import resolve_backend
+from mambakit.ops.reference import rms_norm as reference
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "auto") -> Tensor:
+    """Scale every row to a root mean square of one, then by the weight.
+
+        y = x / sqrt(mean(x^2) + eps) * weight
+
+    Args:
+        x: Input, (..., M), any float dtype.
+        weight: (M,).
+        eps: Added to the mean square.
+        backend: "auto", "cpu" or "reference"; see `mambakit.ops.dispatch`.
+
+    Returns:
+        y, (..., M), in the dtype of x.
+
+    Raises:
+        ShapeError, DtypeError, ArgumentError: An argument does not fit.
+        BackendError: The named backend cannot run this call here.
+
+    Numerics: computed in float32 (float64 for float64 x).
+    Source: Zhang & Sennrich 2019 (arXiv 1910.07467).
+
+    Example:
+        >>> import torch
+        >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2), eps=0.0) * (12.5 ** 0.5)
+        tensor([3.0000, 4.0000])
+    """
+    _check(x, weight)
+    chosen = resolve_backend(backend, x.device, x.dtype)
+    return (cpu if chosen == "cpu" else reference).rms_norm(x, weight, eps)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream and normalise the sum.
+
+        residual' = x + residual        y = rms_norm(residual', weight)
+
+    Args:
+        x: What a block adds, (..., M).
+        residual: The residual stream, shaped like x; it may be float32 while x is bfloat16.
+        weight: (M,).
+        eps: Added to the mean square.
+        backend: "auto", "cpu" or "reference".
+
+    Returns:
+        y in the dtype of x; and the new residual stream in the dtype of the old one. The norm is taken of the sum
+        before that is rounded to the residual's dtype.
+
+    Raises:
+        ShapeError, DtypeError, ArgumentError: An argument does not fit.
+        BackendError: The named backend cannot run this call here.
+
+    Numerics: computed in float32 (float64 if x or residual is).
+
+    Example:
+        >>> import torch
+        >>> y, residual = add_rms_norm(torch.ones(2), torch.ones(2), torch.ones(2), eps=0.0)
+        >>> y, residual
+        (tensor([1., 1.]), tensor([2., 2.]))
+    """
+    _check(x, weight)
+    check_shape("residual", residual, x.shape, letters="the shape of x")
+    check_float(residual=residual)
+    check_device(x, residual=residual)
+    chosen = resolve_backend(backend, x.device, residual.dtype if x.dtype.itemsize < 8 else x.dtype)
+    return (cpu if chosen == "cpu" else reference).add_rms_norm(x, residual, weight, eps)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    check_shape("weight", weight, x.shape[-1:], letters="(M,)")
+    check_float(x=x, weight=weight)
+    check_device(x, weight=weight)
