@@ -86,7 +86,7 @@ def read_config(folder: str | os.PathLike[str]) -> MambaConfig:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
-            f"{folder} is not a checkpoint: it has no {CONFIG_FILE}; give a folder that mambakit saved"
+            f"{folder} is not a checkpoint: it has no {CONFIG_FILE}; name a folder that has one"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -104,7 +104,7 @@ def _understand(path: Path, description: dict[str, Any]) -> MambaConfig:
     version = description.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise CheckpointError(
-            f"{path} has version {version!r}, but this mambakit reads up to {VERSION}; upgrade mambakit"
+            f"{path} has version {version!r}, newer than the {VERSION} known here; upgrade mambakit"
         )
     model = description.get("model")
     if not isinstance(model, dict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -183,11 +183,24 @@ class MambaLanguageModel(nn.Module):
         logits: Tensor = self.lm_head(self.backbone.step(tokens, state))
         return logits
 
-    def generate(self, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-        """Continue prompts of token ids; see `mambakit.generate.generate` for the options."""
-        from mambakit.generate.generation import generate
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int = 256,
+        stop_ids: Sequence[int] = (),
+        seed: int | Sequence[int] | None = None,
+        **sampling: Any,
+    ) -> list[list[int]]:
+        """Continue prompts of token ids; see `mambakit.generate.generate`.
 
-        return generate(self, prompts, **options)
+        `sampling` takes the fields of `mambakit.generate.SamplingOptions`, such as temperature=0.8.
+        """
+        from mambakit.generate.generation import generate
+        from mambakit.generate.options import SamplingOptions
+
+        options = SamplingOptions(**sampling)
+        return generate(self, prompts, options, max_tokens=max_tokens, stop_ids=stop_ids, seed=seed)
 
     def initial_state(self, batch: int) -> ModelState:
         """The state before any token, for `batch` sequences, on the device of the weights."""

@@ -88,8 +88,8 @@ class MambaMixer(nn.Module):
         self.C = None if "C" in selective else nn.Parameter(c_init(*shape))
         self.D = nn.Parameter(torch.ones(self.d_inner, dtype=torch.float32))
         self.out_proj = Linear(self.d_inner, d_model, bias=bias)
-        for parameter in self._float32_parameters():
-            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        _mark_no_weight_decay(self)
+        self.register_load_state_dict_post_hook(_mark_no_weight_decay)  # type: ignore[no-untyped-call]
 
     def forward(
         self, hidden: Tensor, state: MixerState | None = None, *, seq_idx: Tensor | None = None
@@ -181,7 +181,14 @@ class MambaMixer(nn.Module):
             return out
 
         super()._apply(keep_float32, recurse)  # type: ignore[no-untyped-call]
+        _mark_no_weight_decay(self)
         return self
+
+
+def _mark_no_weight_decay(mixer: MambaMixer, *_: object) -> None:
+    # Again after moving and loading, which may put new parameters in place of the marked ones.
+    for parameter in mixer._float32_parameters():
+        parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
 
 def _as_complex(pairs: Tensor) -> Tensor:
