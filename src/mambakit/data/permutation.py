@@ -1,12 +1,17 @@
 """A pseudo-random order of 0 .. size-1 that takes no memory: any place of it is computed directly.
 
-A Feistel network permutes the numbers below a power of four; where it leads outside the range it is
-applied again until it is back inside ("cycle walking"), which keeps it a permutation of the range.
+A number below side^2 is a pair (left, right) of digits below side. A Feistel network permutes them,
+
+    left, right <- right, (left + hash(right)) mod side        a few times, each with its own key
+
+and where it leads outside the range it is applied again until it is back inside ("cycle walking"),
+which makes it a permutation of the range.
 Source: J. Black, P. Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -32,11 +37,11 @@ def permuted(
         >>> sorted(permuted(np.arange(5), size=5, seed=0, epoch=0).tolist())
         [0, 1, 2, 3, 4]
     """
-    half_bits = max(4, (size.bit_length() + 1) // 2)
+    side = np.uint64(math.isqrt(size - 1) + 1)
     keys = _keys(seed, epoch)
-    numbers = _feistel(places.astype(np.uint64), half_bits, keys)
+    numbers = _feistel(places.astype(np.uint64), side, keys)
     while (outside := numbers >= size).any():
-        numbers[outside] = _feistel(numbers[outside], half_bits, keys)
+        numbers[outside] = _feistel(numbers[outside], side, keys)
     return numbers.astype(np.int64)
 
 
@@ -47,13 +52,12 @@ def _keys(seed: int, epoch: int) -> npt.NDArray[np.uint64]:
 
 
 def _feistel(
-    numbers: npt.NDArray[np.uint64], half_bits: int, keys: npt.NDArray[np.uint64]
+    numbers: npt.NDArray[np.uint64], side: np.uint64, keys: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.uint64]:
-    bits, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    left, right = numbers >> bits, numbers & mask
+    left, right = np.divmod(numbers, side)
     for key in keys:
         mixed = (right ^ key) * _MIX_1
         mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX_2
-        left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
-    joined: npt.NDArray[np.uint64] = (left << bits) | right
+        left, right = right, (left + (mixed >> np.uint64(32))) % side
+    joined: npt.NDArray[np.uint64] = left * side + right
     return joined
