@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from mambakit.ops.linear import linear_step
+
 
 class Linear(nn.Linear):
-    """`nn.Linear`, with a faster product for the single rows of decoding.
-
-    A step (input (B, K) and no gradient) reads every weight for a few rows, so its time is that of
-    reading the weights; see `mambakit.ops.linear_step`.
-    """
+    """`nn.Linear`, with a faster product for the few rows of a decoding step: `linear_step`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) to (..., O)."""
-        return linear(input, self.weight, self.bias)
+        return _product(input, self.weight, self.bias)
 
 
 class DtProjection(Linear):
@@ -39,4 +38,9 @@ class DtProjection(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., R) to (..., D), without the bias."""
-        return linear(input, self.weight, None)
+        return _product(input, self.weight, None)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    is_step = x.ndim == 2 and not torch.is_grad_enabled()
+    return linear_step(x, weight, bias) if is_step else linear(x, weight, bias)

@@ -1,0 +1,20 @@
+"""A few rows times a matrix; one task is one row of the matrix."""
+
+from __future__ import annotations
+
+from mambakit.ops.cpu.kernels.simd import dot, kernel
+
+
+@kernel
+def multiply(first, last, x, weight, bias, y):
+    """y = x weight^T + bias: x (B, K), weight (O, K), bias (O,) or None, y (B, O).
+
+    A row of the matrix meets all rows of x while it is in the cache.
+    """
+    for o in range(first, last):
+        weight_row = weight[o]
+        for b in range(x.shape[0]):
+            total = dot(weight_row, x[b])
+            if bias is not None:
+                total += bias[o]
+            y[b, o] = total
