@@ -55,7 +55,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         MambakitError: The disk is full, or there is no permission to write there.
     """
-    target = Path(path)
+    target = Path(os.path.abspath(path))
     with _partial(target) as partial:
         yield partial
         _flush(partial)
@@ -77,7 +77,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         MambakitError: The disk is full, or there is no permission to write there.
     """
-    target = Path(path)
+    target = Path(os.path.abspath(path))
     with _partial(target) as partial:
         partial.mkdir()
         yield partial

@@ -72,6 +72,17 @@ def test_a_failed_folder_keeps_the_old_one(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["checkpoint"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not rename the working folder")
+def test_the_working_folder_can_be_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with atomic_folder(".") as partial:
+        (partial / "new").write_bytes(b"1")
+    assert os.listdir(tmp_path / "here") == ["new"]
+
+
 def test_a_kill_leaves_no_folder_that_looks_whole(tmp_path: Path) -> None:
     script = (
         "import os, sys\n"

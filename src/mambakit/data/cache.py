@@ -18,7 +18,7 @@ from mambakit.data.tokenizer import Tokenizer, load_tokenizer
 def prepared(
     sources: Sources,
     cache_dir: str | os.PathLike[str],
-    tokenizer: Tokenizer | str = "bytes",
+    tokenizer: Tokenizer | str | os.PathLike[str] = "bytes",
     *,
     valid_fraction: float = 0.05,
     errors: Errors = "strict",
@@ -46,7 +46,7 @@ def prepared(
     Returns:
         The folder, for `TokenDataset`.
     """
-    if isinstance(tokenizer, str):
+    if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = load_tokenizer(tokenizer)
     names = source_names(sources)
     if len(names) == 1 and is_prepared(names[0]):

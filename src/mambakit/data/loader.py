@@ -63,10 +63,6 @@ class Loader(Iterator[Batch]):
 
     Raises:
         DataError: The split is shorter than one window.
-
-    Example:
-        loader = Loader(TokenDataset("tokens"), seqlen=512, batch_size=8)
-        batch = next(loader)
     """
 
     def __init__(

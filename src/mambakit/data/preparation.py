@@ -39,7 +39,7 @@ class Progress:
 def prepare(
     sources: Sources,
     out: str | os.PathLike[str],
-    tokenizer: Tokenizer | str = "bytes",
+    tokenizer: Tokenizer | str | os.PathLike[str] = "bytes",
     *,
     valid_fraction: float = 0.05,
     errors: Errors = "strict",
@@ -83,7 +83,7 @@ def prepare(
     if workers is not None and workers < 1:
         raise ArgumentError(f"workers: got {workers}, wanted at least 1")
     _check_replaceable(Path(out))
-    if isinstance(tokenizer, str):
+    if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = load_tokenizer(tokenizer)
     reader = TextReader(sources, errors=errors, text_key=text_key, split=split)
     with atomic_folder(out) as folder:
@@ -151,14 +151,17 @@ def _tokenised(
     def encode_all(task: list[Piece]) -> list[_Tokenised]:
         return [encode(piece) for piece in task]
 
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque[Future[list[_Tokenised]]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    pending: deque[Future[list[_Tokenised]]] = deque()
+    try:
         for task in _tasks(reader):
             pending.append(pool.submit(encode_all, task))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _tasks(reader: TextReader) -> Iterator[list[Piece]]:

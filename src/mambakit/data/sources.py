@@ -92,13 +92,17 @@ def _some(found: list[Source], what: str) -> list[Source]:
 
 def _files_below(folder: Path) -> list[Path]:
     found = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=_unreadable):
         if is_prepared(parent):
             folders.clear()
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
 
 def _looks_like_hub_id(name: str) -> bool:

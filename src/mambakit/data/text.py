@@ -206,7 +206,8 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         with open(path, "rb") as file:
             yield file, _decompressed(file, path.suffix.lower())
     except _DAMAGED as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason})") from error
 
 
 def _decompressed(file: BinaryIO, suffix: str) -> BinaryIO:

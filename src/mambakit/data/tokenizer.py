@@ -85,7 +85,9 @@ def load_tokenizer(spec: str | os.PathLike[str] = "bytes", *, eos: str | None = 
     path = Path(spec)
     if path.is_dir():
         path = path / "tokenizer.json"
-    if not path.is_file():
+        if not path.is_file():
+            raise DataError(f"{path}: no such file, so the folder holds no tokenizer")
+    elif not path.is_file():
         path = _download(os.fspath(spec))
     try:
         text = path.read_text(encoding="utf-8")
@@ -280,7 +282,7 @@ def _configured_eos(path: Path) -> str | None:
 def _download(name: str) -> Path:
     """Fetch `tokenizer.json` and its config from the hub (or its cache on this machine)."""
     wanted = 'wanted "bytes", a tokenizer.json, a folder that holds one, or a Hugging Face hub id'
-    if not _HUB_ID.fullmatch(name) or name.endswith(".json") or Path(name).exists():
+    if not _HUB_ID.fullmatch(name) or name.endswith(".json"):
         raise DataError(f"tokenizer: {name} is no such file or folder; {wanted}")
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError

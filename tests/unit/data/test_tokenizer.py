@@ -155,9 +155,11 @@ def test_paths_that_do_not_exist_are_not_looked_up_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
-    for missing in ("missing.json", str(tmp_path / "missing"), str(tmp_path)):
+    for missing in ("missing.json", str(tmp_path / "missing")):
         with pytest.raises(DataError, match="no such file or folder"):
             load_tokenizer(missing)
+    with pytest.raises(DataError, match="the folder holds no tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 def test_hub_tokenizers_are_fetched_with_their_config(
