@@ -8,11 +8,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from mambakit.data.dataset import TokenDataset
 from mambakit.data.manifest import VERSION, Manifest, is_prepared
 from mambakit.data.preparation import Progress, prepare
 from mambakit.data.sources import Sources, source_names
 from mambakit.data.text import Errors, TextReader
 from mambakit.data.tokenizer import Tokenizer, load_tokenizer
+from mambakit.errors import DataError
 
 
 def prepared(
@@ -56,7 +58,7 @@ def prepared(
     options = [VERSION, tokenizer.fingerprint, valid_fraction, errors, text_key, split]
     key = hashlib.sha256(json.dumps([options, stamps]).encode()).hexdigest()[:16]
     folder = Path(cache_dir) / f"tokens-{key}"
-    if not is_prepared(folder):
+    if not _is_whole(folder):
         prepare(
             sources,
             folder,
@@ -69,6 +71,16 @@ def prepared(
             progress=progress,
         )
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder is there and nothing of it was damaged since."""
+    try:
+        for name in Manifest.load(folder).splits:
+            TokenDataset(folder, name)
+    except DataError:
+        return False
+    return True
 
 
 def _stamps(reader: TextReader) -> list[tuple[str, int, int]]:

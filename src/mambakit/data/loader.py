@@ -121,7 +121,9 @@ class Loader(Iterator[Batch]):
 
     def _offset(self, epoch: int) -> int:
         spare = len(self.dataset) - 1 - self.windows_per_epoch * self.seqlen
-        return int(np.random.default_rng((self.seed, epoch)).integers(spare, endpoint=True))
+        # NumPy keeps this, unlike the methods of its generators, the same in every version.
+        (number,) = np.random.SeedSequence((self.seed, epoch, 1)).generate_state(1, np.uint64)
+        return int(number) % (spare + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Position, and what it is a position in; plain values for JSON. The same on every rank."""

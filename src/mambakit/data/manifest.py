@@ -5,7 +5,8 @@
     {train,valid}.documents.bin       int64, where each document ends: one past its separator
     tokenizer.json                    the tokenizer itself
 
-Numbers are little-endian. A split that is empty has no files.
+Numbers are little-endian. A split that is empty has no files. A document that is cut in two for the
+sake of the validation split counts in both, and its first part has no separator.
 """
 
 from __future__ import annotations

@@ -97,11 +97,7 @@ def prepare(
                 for piece in pieces:
                     splitter.add(piece)
                 if progress is not None:
-                    documents, tokens = (
-                        train.documents + valid.documents,
-                        train.tokens + valid.tokens,
-                    )
-                    progress(Progress(documents, tokens, reader.position, reader.size))
+                    progress(_progress(train, valid, reader))
             balance(train, valid, valid_fraction, tokenizer)
         manifest = Manifest(
             mambakit=mambakit.__version__,
@@ -118,6 +114,15 @@ def prepare(
         tokenizer.save(folder)
         manifest.save(folder)
     return manifest
+
+
+def _progress(train: SplitWriter, valid: SplitWriter, reader: TextReader) -> Progress:
+    return Progress(
+        documents=train.documents + valid.documents,
+        tokens=train.tokens + valid.tokens,
+        position=reader.position,
+        size=reader.size,
+    )
 
 
 def _check_replaceable(out: Path) -> None:

@@ -186,11 +186,10 @@ class JsonTokenizer:
 
     @cached_property
     def _bytes_of_id(self) -> list[bytes]:
-        added = {str(token) for token in self._tokenizer.get_added_tokens_decoder().values()}
+        added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         table = [b""] * self.vocab_size
         for piece, index in self._pieces.items():
-            literal = piece in added or self._style == "literal"
-            table[index] = piece.encode() if literal else _piece_bytes(piece, self._style)
+            table[index] = _piece_bytes(piece, "literal" if piece in added else self._style)
         table[self.eos_id] = b""
         return table
 
@@ -259,6 +258,8 @@ _BYTE_OF_CHARACTER = _byte_alphabet()
 
 
 def _piece_bytes(piece: str, style: str) -> bytes:
+    if style == "literal" or (style == "byte-level" and not _BYTE_OF_CHARACTER.keys() >= {*piece}):
+        return piece.encode()
     if style == "byte-level":
         return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
     if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
@@ -273,9 +274,9 @@ def _configured_eos(path: Path) -> str | None:
         return None
     try:
         token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{config}: not readable ({error})") from error
-    name: str | None = token["content"] if isinstance(token, dict) else token
+        name: str | None = token["content"] if isinstance(token, dict) else token
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise DataError(f"{config}: names no eos_token that can be read ({error})") from error
     return name
 
 

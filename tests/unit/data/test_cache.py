@@ -29,6 +29,14 @@ def test_a_corpus_is_prepared_once(
     assert prepared(str(source), tmp_path / "cache") == folder
 
 
+def test_a_damaged_folder_is_made_again(source: Path, tmp_path: Path) -> None:
+    folder = prepared(source, tmp_path / "cache")
+    whole = (folder / "train.bin").read_bytes()
+    (folder / "train.bin").write_bytes(whole[:3])
+    assert prepared(source, tmp_path / "cache") == folder
+    assert (folder / "train.bin").read_bytes() == whole
+
+
 def test_a_change_of_text_tokenizer_or_option_prepares_anew(
     source: Path, tmp_path: Path, bpe_file: Path
 ) -> None:

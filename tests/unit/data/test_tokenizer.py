@@ -90,6 +90,20 @@ def test_the_separator_comes_from_the_argument_then_the_config_then_usual_names(
         load_tokenizer(path, eos="<none>")
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token": {}}'])
+def test_a_damaged_config_is_named(content: str, bpe_file: Path, tmp_path: Path) -> None:
+    load_tokenizer(bpe_file).save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: names no eos_token"):
+        load_tokenizer(tmp_path)
+
+
+def test_byte_level_pieces_outside_the_alphabet_are_literal() -> None:
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"\u0120a": 0, "a b": 1, "</s>": 2}))
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    assert JsonTokenizer(raw.to_str()).decode([0, 1]) == " aa b"
+
+
 def test_truncation_and_padding_in_the_file_are_switched_off(
     bpe_file: Path, tmp_path: Path
 ) -> None:
