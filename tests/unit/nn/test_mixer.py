@@ -33,7 +33,7 @@ def make_mixer(**options) -> MambaMixer:
 
 
 def by_hand(mixer: MambaMixer, hidden: torch.Tensor) -> torch.Tensor:
-    """The paper's equations, written again from the names of the parameters, one step after another."""
+    """The equations of the paper, written again, one time step after another."""
     p = dict(mixer.named_parameters())
     batch, seqlen, _ = hidden.shape
     d_inner, d_state = p["A_log"].shape
@@ -142,7 +142,7 @@ def test_initial_values():
     assert F.softplus(mixer.dt_proj.bias).min() >= 0.05 * 0.999
 
 
-def test_initial_A():
+def test_initial_decay():
     torch.manual_seed(0)
     assert torch.equal(MambaMixer(8, A_init="constant").A_log, torch.full((16, 16), math.log(0.5)))
     A_log = MambaMixer(256, A_init="random").A_log
@@ -153,7 +153,7 @@ def test_initial_A():
     assert torch.equal(mixer.A_imag, torch.arange(16.0).expand(16, 16))
 
 
-def test_initial_B_and_C_that_are_not_selective():
+def test_initial_weights_that_are_not_selective():
     torch.manual_seed(0)
     mixer = MambaMixer(256, selective=())
     assert torch.equal(mixer.B, torch.ones(512, 16))
