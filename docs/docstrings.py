@@ -1,4 +1,7 @@
-"""Prepares docstrings for the reference: the build knows "Examples:" only, and would join our closing lines."""
+"""Prepares docstrings for the reference pages.
+
+The builder knows `Examples:` only, and would join our closing lines into one paragraph.
+"""
 
 from __future__ import annotations
 
