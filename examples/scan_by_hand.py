@@ -36,9 +36,8 @@ def main() -> None:
 
     print(f"by hand          {(between - start) * 1e3:7.1f} ms")
     print(f"selective_scan   {(end - between) * 1e3:7.1f} ms")
-    print(
-        f"largest difference {(slow - fast).abs().max():.1e}, of values up to {fast.abs().max():.1f}"
-    )
+    error, largest = (slow - fast).abs().max(), fast.abs().max()
+    print(f"largest difference {error:.1e}, of values up to {largest:.1f}")
 
     # The state that comes out goes back in: two halves make a whole.
     half = length // 2

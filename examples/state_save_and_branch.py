@@ -1,4 +1,4 @@
-"""A state is a value: read a prefix once, save the state, and branch from it as often as you like."""
+"""A state is a value: read a prefix once, save the state, and branch from it at will."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """From a text file to a trained model that writes like it.
 
-python examples/train_on_your_text.py                    Python's own argparse.py, a minute's taste
+python examples/train_on_your_text.py                    Python's own argparse.py
 python examples/train_on_your_text.py my.txt 2000        your text, more steps
 """
 
