@@ -119,6 +119,8 @@ def _stream(
     stop_ids: frozenset[int],
     until: Callable[[int, int], bool] | None,
 ) -> Iterator[tuple[int, int]]:
+    if not prompts:
+        return
     batch = _read(model, prompts, seeds)
     for count in range(1, max_tokens + 1):
         tokens = sample(batch.logits, options, batch.generators, batch.seen)
