@@ -55,8 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return _fail("interrupted", 130, debug)
-    except (MambakitError, OSError, MemoryError) as error:
-        return _fail(str(error) or type(error).__name__, 2, debug)
+    except (MambakitError, OSError) as error:
+        return _fail(str(error), 2, debug)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(f"not enough memory; use smaller sizes ({error})", 2, debug)
 
 
 def _run(args: list[str]) -> int:
@@ -76,6 +80,12 @@ def _run(args: list[str]) -> int:
     module = importlib.import_module(f"mambakit.cli.{name}")
     code: int = module.run(rest)
     return code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or PyTorch got no memory; on a CPU, PyTorch says so in words only."""
+    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_named or "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

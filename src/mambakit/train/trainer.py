@@ -27,6 +27,7 @@ from mambakit.train.callbacks import Callback
 from mambakit.train.config import TrainConfig, write_toml
 from mambakit.train.distributed import World
 from mambakit.train.interruption import Interruption
+from mambakit.train.memory import check_fits
 from mambakit.train.metrics import RunLog, Throughput
 from mambakit.train.optimizer import make_optimizer
 from mambakit.train.schedule import learning_rate
@@ -108,6 +109,7 @@ class Trainer:
             world_size=self.world.size,
             documents=config.documents,
         )
+        check_fits(config.model, self.world.device)
         torch.manual_seed(config.seed)
         model = model or MambaLanguageModel(config.model)
         self.model = model.to(self.world.device, torch.float32)

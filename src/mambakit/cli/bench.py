@@ -1,0 +1,144 @@
+"""`mambakit bench`: how fast this machine runs the kernels and a model."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mambakit.cli.parsing import parse
+
+if TYPE_CHECKING:
+    import torch
+
+    from mambakit.models.language_model import MambaLanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure how fast this machine runs the selective scan, training and generation.
+
+    The times are medians after a warm-up; other work on the machine changes them.
+    """
+
+    preset: str = "130m"
+    """Shape of the model: 130m, 370m, 790m, 1.4b or 2.8b; its weights are random."""
+    checkpoint: Path | None = None
+    """Checkpoint or run folder to measure instead of a preset."""
+    seqlen: int = 512
+    """Tokens of the training sequence and of the prompt."""
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:N."""
+
+
+def run(args: Sequence[str]) -> int:
+    """Run `mambakit bench`."""
+    options = parse(Bench, args, "bench")
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from mambakit.train.distributed import find_device
+
+    device = find_device(options.device)
+    model = _make_model(options, device)
+    size = f"{model.num_parameters() / 1e6:.1f} M parameters"
+    scans = Table("backend", "forward", "backward", title=f"selective scan on {device}, Melem/s")
+    speeds = Table("", "float32", "bfloat16", title=f"{size} on {device}, tokens/s")
+    for table in (scans, speeds):
+        for column in table.columns[1:]:
+            column.justify = "right"
+    console = Console()
+    with console.status("measuring"):
+        for scan_row in _scan(device):
+            scans.add_row(*scan_row)
+        for speed_row in _model(model, options.seqlen, device):
+            speeds.add_row(*speed_row)
+    console.print(scans)
+    console.print(speeds)
+    return 0
+
+
+def _make_model(options: Bench, device: torch.device) -> MambaLanguageModel:
+    from mambakit.models import MambaLanguageModel, load_model, preset
+    from mambakit.train.checkpointing import find_model
+
+    if options.checkpoint is not None:
+        return load_model(find_model(options.checkpoint), device)
+    return MambaLanguageModel(preset(options.preset)).to(device)
+
+
+def _scan(device: torch.device) -> Iterator[tuple[str, ...]]:
+    """Forward and backward of each backend that can run, with all options, on random inputs."""
+    import torch
+
+    from mambakit.ops import selective_scan
+    from mambakit.ops.dispatch import explain
+
+    seqlen, d_inner, d_state = 2048, 1536, 16
+    x, dt, z = (torch.randn(1, seqlen, d_inner, device=device) for _ in range(3))
+    A = -torch.rand(d_inner, d_state, device=device)
+    B, C = (torch.randn(1, seqlen, d_state, device=device) for _ in range(2))
+    D, dt_bias = (torch.randn(d_inner, device=device) for _ in range(2))
+    inputs = [tensor.requires_grad_() for tensor in (x, dt, A, B, C, D, z, dt_bias)]
+
+    def scan(backend: str) -> torch.Tensor:
+        y, _ = selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus=True, backend=backend)
+        return y
+
+    for choice in explain(device, torch.float32):
+        if choice.unavailable is not None:
+            continue
+        with torch.no_grad():
+            forward_seconds = _seconds(partial(scan, choice.backend), device)
+        y = scan(choice.backend)
+        backward = partial(torch.autograd.grad, y, inputs, torch.ones_like(y), retain_graph=True)
+        seconds = (forward_seconds, _seconds(backward, device))
+        yield choice.backend, *(f"{seqlen * d_inner / 1e6 / s:,.1f}" for s in seconds)
+
+
+def _model(
+    model: MambaLanguageModel, seqlen: int, device: torch.device
+) -> Iterator[tuple[str, ...]]:
+    """Training step, prompt and decoding, in float32 and bfloat16 autocast."""
+    import torch
+
+    tokens = torch.randint(model.config.vocab_size, (1, seqlen), device=device)
+    state = model.prefill(tokens[:, :8])[1]
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def train() -> None:
+        torch.autograd.backward(model.loss(tokens, tokens)[0])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    jobs: list[tuple[str, int, Callable[[], object]]] = [
+        (f"training, 1 x {seqlen}", seqlen, train),
+        (f"reading a prompt of {seqlen}", seqlen, lambda: model.prefill(tokens)),
+        ("writing, one text", 1, lambda: model.step(tokens[:, 0], state)),
+    ]
+    for name, count, job in jobs:
+        rates = []
+        for dtype in (torch.float32, torch.bfloat16):
+            with torch.autocast(device.type, dtype, enabled=dtype is torch.bfloat16):
+                rates.append(f"{count / _seconds(job, device):,.1f}")
+        yield name, *rates
+
+
+def _seconds(function: Callable[[], object], device: torch.device, budget: float = 2.0) -> float:
+    """Median time of a call, over at least 3 calls and about `budget` seconds."""
+    import torch
+
+    times: list[float] = []
+    function()
+    while len(times) < 3 or sum(times) < budget:
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

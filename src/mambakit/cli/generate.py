@@ -1,0 +1,87 @@
+"""`mambakit generate`: continue texts with a trained model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mambakit.cli.parsing import parse
+from mambakit.errors import DataError
+from mambakit.generate.options import SamplingOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue a text with a trained model, as it comes.
+
+    Example: mambakit generate --checkpoint runs/demo --prompt "def " --max-tokens 400
+    """
+
+    checkpoint: Path
+    """Checkpoint, or run folder (its last checkpoint is taken)."""
+    prompt: tuple[str, ...] = ()
+    """Texts to continue; without any, what comes from stdin; if nothing, a new document."""
+    prompt_file: Path | None = None
+    """File with the text to continue."""
+    max_tokens: int = 256
+    """Most tokens to add."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a continuation."""
+    seed: int | None = None
+    """Seed of the random numbers; default: another one every time."""
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:N."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights."""
+    sampling: Annotated[SamplingOptions, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=lambda: SamplingOptions(temperature=0.8, top_p=0.95)
+    )
+
+
+def run(args: Sequence[str]) -> int:
+    """Run `mambakit generate`."""
+    options = parse(Generate, args, "generate")
+    prompts = _prompts(options)
+
+    from mambakit.cli.loading import load_checkpoint
+    from mambakit.generate import stream_text
+
+    model, tokenizer = load_checkpoint(options.checkpoint, options.device, options.precision)
+    pieces = stream_text(
+        model,
+        tokenizer,
+        prompts,
+        options.sampling,
+        max_tokens=options.max_tokens,
+        stop=options.stop,
+        seed=options.seed,
+    )
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        for _, piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return 0
+    texts = list(prompts)
+    for row, piece in pieces:
+        texts[row] += piece
+    print("\n\n---\n\n".join(texts))
+    return 0
+
+
+def _prompts(options: Generate) -> tuple[str, ...]:
+    """The texts to continue, at least one."""
+    if options.prompt_file is not None:
+        try:
+            return (*options.prompt, options.prompt_file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{options.prompt_file}: is not UTF-8 text ({error})") from error
+    if options.prompt:
+        return options.prompt
+    is_piped = sys.stdin is not None and not sys.stdin.isatty()
+    return (sys.stdin.read().removesuffix("\n") if is_piped else "",)
