@@ -64,15 +64,15 @@ def _backward(
 
     batch, seqlen, channels = x.shape
     dx = torch.empty_like(readable(x), memory_format=torch.contiguous_format)
-    dweight = torch.zeros(batch, weight.shape[1], channels)
-    dbias = torch.zeros(batch, channels)
+    dweight = torch.zeros(batch, weight.shape[1], channels, dtype=torch.float64)
+    dbias = torch.zeros(batch, channels, dtype=torch.float64)
     dpast = torch.zeros(past.shape)
     run(
         backward, _tasks(x), seqlen, channels, *_inputs(x, weight, bias, past, age), silu,
         rows(readable(dy)), rows(dx), array(dweight), array(dbias), array(dpast),
     )  # fmt: skip
     dweight = dweight.sum(0).t().contiguous().to(weight.dtype)
-    return dx.to(x.dtype), dweight, dbias.sum(0), dpast.to(past.dtype)
+    return dx.to(x.dtype), dweight, dbias.sum(0).float(), dpast.to(past.dtype)
 
 
 @_backward.register_fake

@@ -157,7 +157,7 @@ def _backward(
         torch.zeros_like(adjoint) if W.ndim == 2 else adjoint.new_empty(cut[0], *W.shape)
         for W in (B, C)
     )
-    dD, dbias = (adjoint.new_zeros(batch, d_inner if v is not None else 0) for v in (D, dt_bias))
+    dD, dbias = torch.zeros(2, batch, d_inner, dtype=torch.float64)
     dx, ddt, dz = (
         adjoint.new_empty(0) if t is None else torch.empty_like(readable(t), memory_format=torch.contiguous_format)
         for t in (x, dt, z)
@@ -169,7 +169,7 @@ def _backward(
     )  # fmt: skip
 
     def like(gradient: Tensor, parameter: Tensor | None) -> Tensor:
-        return gradient if parameter is None else gradient.to(parameter.dtype)
+        return adjoint.new_empty(0) if parameter is None else gradient.to(parameter.dtype)
 
     return (
         like(dx, x),

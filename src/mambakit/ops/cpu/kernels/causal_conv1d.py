@@ -11,9 +11,10 @@ import numpy as np
 from numba.extending import register_jitable
 
 from mambakit.ops.cpu.kernels.rows import row
-from mambakit.ops.cpu.kernels.simd import kernel, load, sigmoid, store
+from mambakit.ops.cpu.kernels.simd import flush, kernel, load, sigmoid, store
 
 GROUP = 256
+FLUSH = 32
 ONE = np.float32(1)
 
 
@@ -68,17 +69,17 @@ def backward(
     """Write dx (Rows); add to dweight (B, W, D), dbias (B, D) and dpast (B, W-1, D), which come in as zeros.
 
     Time runs backwards. A ring of W rows collects what later steps owe to the input of each step; a row is complete,
-    and written, once its own step is done.
+    and written, once its own step is done. Sums over time: float32 for `FLUSH` steps, their sums in float64.
     """
     groups = (d_inner + GROUP - 1) // GROUP
     taps = weight.shape[0]
     sums = np.empty(GROUP, np.float32)
     ring = np.zeros((taps, GROUP), np.float32)
+    dw_sums = np.zeros((taps, GROUP), np.float32)
+    dbias_sums = np.zeros(GROUP, np.float32)
     for task in range(first, last):
         b, channel = task // groups, task % groups * GROUP
         width = min(GROUP, d_inner - channel)
-        dbias_row = dbias[b, channel : channel + width]
-        ring[:] = np.float32(0)
         for t in range(seqlen - 1, -1, -1):
             dy_row = row(dy, b, t, channel, width)
             if silu:
@@ -90,13 +91,13 @@ def backward(
                 for c in range(width):
                     sums[c] = load(dy_row, c)
             for c in range(width):
-                dbias_row[c] += sums[c]
+                dbias_sums[c] += sums[c]
             for tap in range(taps):
                 distance = taps - 1 - tap
                 if age is not None and distance > age[b, t]:
                     continue
                 w = weight[tap, channel : channel + width]
-                dw = dweight[b, tap, channel : channel + width]
+                dw = dw_sums[tap]
                 if distance <= t:
                     x_row = row(x, b, t - distance, channel, width)
                     owed = ring[(t - distance) % taps]
@@ -113,6 +114,10 @@ def backward(
             for c in range(width):
                 store(dx_row, c, complete[c])
                 complete[c] = np.float32(0)
+            if t % FLUSH == 0:
+                flush(dbias_sums, dbias[b, channel : channel + width])
+                for tap in range(taps):
+                    flush(dw_sums[tap], dweight[b, tap, channel : channel + width])
 
 
 @kernel

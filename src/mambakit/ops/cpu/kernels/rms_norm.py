@@ -3,28 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numba.extending import register_jitable
 
-from mambakit.ops.cpu.kernels.simd import LANES, kernel, load, store
+from mambakit.ops.cpu.kernels.simd import dot, kernel, load, store
 
 ROWS = 16
-
-
-@register_jitable
-def dot(a, b):
-    """Sum of a b in a fixed order that vectorises: a lane each, then across lanes, then the rest."""
-    lanes = np.zeros(LANES, np.float32)
-    whole = a.size // LANES * LANES
-    a_lanes, b_lanes = a[:whole].reshape(-1, LANES), b[:whole].reshape(-1, LANES)
-    for k in range(a_lanes.shape[0]):
-        for i in range(LANES):
-            lanes[i] += a_lanes[k, i] * b_lanes[k, i]
-    total = np.float32(0)
-    for i in range(LANES):
-        total += lanes[i]
-    for i in range(whole, a.size):
-        total += a[i] * b[i]
-    return total
 
 
 @kernel

@@ -22,23 +22,24 @@ from __future__ import annotations
 import numpy as np
 from numba.extending import overload, register_jitable
 
+from mambakit.ops.cpu.kernels.lanes import LANES, load_lanes, spread, store_lanes, sum_lanes
 from mambakit.ops.cpu.kernels.rows import row
-from mambakit.ops.cpu.kernels.simd import LANES, exp2, kernel, load, sigmoid, softplus, store
+from mambakit.ops.cpu.kernels.simd import exp2, flush, kernel, load, sigmoid, softplus, store
 
 TILE = 16
 ZERO, ONE = np.float32(0), np.float32(1)
 LN_2 = np.float32(0.6931471805599453)  # A in blocks is A log2(e); its gradient to dt needs A
 
 
-def weight(W, b, t, g, j, n, i):
-    """B or C of batch row b and time t (which vary together), or of lane i in block j of group g."""
+def weight(W, b, t, g, j, n):
+    """B or C for block j of group g: a scalar for batch row b and time t, or Lanes if constant in time."""
 
 
 @overload(weight, inline="always")
-def _weight(W, b, t, g, j, n, i):
+def _weight(W, b, t, g, j, n):
     if W.ndim == 3:
-        return lambda W, b, t, g, j, n, i: W[b, t, n]
-    return lambda W, b, t, g, j, n, i: W[g, j, n, i]
+        return lambda W, b, t, g, j, n: W[b, t, n]
+    return lambda W, b, t, g, j, n: load_lanes(W, (g, j, n))
 
 
 @register_jitable
@@ -96,16 +97,14 @@ def forward(
                 for t in range(steps):
                     if restart is not None and restart[b, start + t]:
                         h[j] = ZERO
-                    for i in range(LANES):
-                        sums[t, j, i] = ZERO
+                    dt_t, u_t = load_lanes(dts, (t, j)), load_lanes(u, (t, j))
+                    total = spread(ZERO)
                     for n in range(d_state):
-                        for i in range(LANES):
-                            decay = exp2(dts[t, j, i] * A[g, j, n, i])
-                            B_n = weight(B, b, start + t, g, j, n, i)
-                            C_n = weight(C, b, start + t, g, j, n, i)
-                            h_n = decay * h[j, n, i] + B_n * u[t, j, i]
-                            h[j, n, i] = h_n
-                            sums[t, j, i] += C_n * h_n
+                        decay = exp2(dt_t * load_lanes(A, (g, j, n)))
+                        h_n = decay * load_lanes(h, (j, n)) + u_t * weight(B, b, start + t, g, j, n)
+                        store_lanes(h, (j, n), h_n)
+                        total += h_n * weight(C, b, start + t, g, j, n)
+                    store_lanes(sums, (t, j), total)
             for t in range(steps):
                 y_row = row(y, b, start + t, channel, width)
                 if D is not None:
@@ -122,23 +121,17 @@ def forward(
                     store(y_row, c, sums_rows[t, c])
 
 
-def add(dW, amount, t, j, n, i):
-    """Add a lane's amount to the gradient of B or C: of a step in this tile, or of the constant in block j."""
+def add(dW, amount, t, j, n):
+    """Add Lanes to the gradient of B or C: of step t in this tile, or of the constant in block j."""
 
 
 @overload(add, inline="always")
-def _add(dW, amount, t, j, n, i):
+def _add(dW, amount, t, j, n):
     if dW.ndim == 3:
-
-        def varying(dW, amount, t, j, n, i):
-            dW[t, n, i] += amount
-
-        return varying
-
-    def constant(dW, amount, t, j, n, i):
-        dW[0, j, n, i] += amount
-
-    return constant
+        return lambda dW, amount, t, j, n: store_lanes(dW, (t, n), load_lanes(dW, (t, n)) + amount)
+    return lambda dW, amount, t, j, n: store_lanes(
+        dW, (0, j, n), load_lanes(dW, (0, j, n)) + amount
+    )
 
 
 @register_jitable
@@ -146,17 +139,17 @@ def replay(dts, u, A, B, C, restart, b, start, steps, g, j, h, decays, sums):
     """Recompute a tile of one block: h[t + 1] and the decays of step t, from h[0]; and sums = sum_n C h."""
     for t in range(steps):
         alive = ZERO if restart is not None and restart[b, start + t] else ONE
-        for i in range(LANES):
-            sums[t, j, i] = ZERO
+        dt_t, u_t = load_lanes(dts, (t, j)), load_lanes(u, (t, j))
+        total = spread(ZERO)
         for n in range(A.shape[2]):
-            for i in range(LANES):
-                decay = exp2(dts[t, j, i] * A[g, j, n, i]) * alive
-                B_n = weight(B, b, start + t, g, j, n, i)
-                C_n = weight(C, b, start + t, g, j, n, i)
-                h_n = decay * h[t, n, i] + B_n * u[t, j, i]
-                decays[t, n, i] = decay
-                h[t + 1, n, i] = h_n
-                sums[t, j, i] += C_n * h_n
+            decay = exp2(dt_t * load_lanes(A, (g, j, n)))
+            if restart is not None:
+                decay *= alive
+            h_n = decay * load_lanes(h, (t, n)) + u_t * weight(B, b, start + t, g, j, n)
+            store_lanes(decays, (t, n), decay)
+            store_lanes(h, (t + 1, n), h_n)
+            total += h_n * weight(C, b, start + t, g, j, n)
+        store_lanes(sums, (t, j), total)
 
 
 @register_jitable
@@ -166,36 +159,29 @@ def adjoint(dts, u, A, B, C, b, start, steps, g, j, h, decays, dsums, l, dA, dB,
     l is the adjoint of the state after the tile times the decay into it; it becomes that of the state before.
     """
     for t in range(steps - 1, -1, -1):
-        for i in range(LANES):
-            du[t, j, i] = ZERO
-            ddts[t, j, i] = ZERO
+        dt_t, u_t, dsum = load_lanes(dts, (t, j)), load_lanes(u, (t, j)), load_lanes(dsums, (t, j))
+        du_t, ddt_t = spread(ZERO), spread(ZERO)
         for n in range(A.shape[2]):
-            for i in range(LANES):
-                B_n = weight(B, b, start + t, g, j, n, i)
-                C_n = weight(C, b, start + t, g, j, n, i)
-                l_n = C_n * dsums[t, j, i] + l[j, n, i]
-                add(dC, dsums[t, j, i] * h[t + 1, n, i], t, j, n, i)
-                add(dB, l_n * u[t, j, i], t, j, n, i)
-                du[t, j, i] += l_n * B_n
-                l_n *= decays[t, n, i]
-                q = l_n * h[t, n, i]
-                ddts[t, j, i] += q * A[g, j, n, i]
-                dA[j, n, i] += q * dts[t, j, i]
-                l[j, n, i] = l_n
+            l_n = load_lanes(l, (j, n)) + dsum * weight(C, b, start + t, g, j, n)
+            add(dC, dsum * load_lanes(h, (t + 1, n)), t, j, n)
+            add(dB, l_n * u_t, t, j, n)
+            du_t += l_n * weight(B, b, start + t, g, j, n)
+            l_n *= load_lanes(decays, (t, n))
+            store_lanes(l, (j, n), l_n)
+            q = l_n * load_lanes(h, (t, n))
+            ddt_t += q * load_lanes(A, (g, j, n))
+            store_lanes(dA, (j, n), load_lanes(dA, (j, n)) + q * dt_t)
+        store_lanes(du, (t, j), du_t)
+        store_lanes(ddts, (t, j), ddt_t)
 
 
 @register_jitable
 def add_lanes(lanes, steps, sums):
-    """sums[t, n] = the sum of lanes[t, n] in a fixed order; lanes is used up and left at zero."""
+    """sums[t, n] = the sum of lanes[t, n], which is left at zero."""
     for t in range(steps):
         for n in range(lanes.shape[1]):
-            for i in range(8):
-                lanes[t, n, i] += lanes[t, n, i + 8]
-            for i in range(4):
-                lanes[t, n, i] += lanes[t, n, i + 4]
-            sums[t, n] = (lanes[t, n, 0] + lanes[t, n, 2]) + (lanes[t, n, 1] + lanes[t, n, 3])
-            for i in range(LANES):
-                lanes[t, n, i] = ZERO
+            sums[t, n] = sum_lanes(load_lanes(lanes, (t, n)))
+            store_lanes(lanes, (t, n), spread(ZERO))
 
 
 @kernel
@@ -206,7 +192,7 @@ def backward(
     """Write all gradients; l comes in as the gradient of the final state and goes out as that of the initial.
 
     x, dt, z, dy, dx, ddt, dz: Rows. l and dA (still to be summed over the batch): (B, groups, blocks, N, LANES); dB, dC:
-    (groups, B, L, N), still to be summed over the groups, or like dA if constant. dD, ddt_bias: (B, D).
+    (groups, B, L, N), still to be summed over the groups, or like dA if constant. dD, ddt_bias: (B, D), float64.
     """
     groups, blocks, d_state, _ = A.shape
     group_width = blocks * LANES
@@ -220,6 +206,7 @@ def backward(
     decays = np.empty((TILE, d_state, LANES), np.float32)
     dB_lanes = np.zeros((TILE, d_state, LANES), np.float32)
     dC_lanes = np.zeros((TILE, d_state, LANES), np.float32)
+    dD_sums, dbias_sums = np.zeros(group_width, np.float32), np.zeros(group_width, np.float32)
 
     for task in range(first, last):
         b, g = task // groups, task % groups
@@ -279,11 +266,10 @@ def backward(
                         store(dx_row, c, du_rows[t, c] * dts_rows[t, c])
                 else:
                     D_row = D[channel : channel + width]
-                    dD_row = dD[b, channel : channel + width]
                     for c in range(width):
                         store(dx_row, c, du_rows[t, c] * dts_rows[t, c] + D_row[c] * dsums_rows[t, c])
                     for c in range(width):
-                        dD_row[c] += dsums_rows[t, c] * load(x_row, c)
+                        dD_sums[c] += dsums_rows[t, c] * load(x_row, c)
                 for c in range(width):
                     ddts_rows[t, c] = ddts_rows[t, c] * LN_2 + du_rows[t, c] * load(x_row, c)
                 if dt_softplus:
@@ -295,10 +281,10 @@ def backward(
                         bias = dt_bias[channel : channel + width]
                         for c in range(width):
                             ddts_rows[t, c] *= sigmoid(load(dt_row, c) + bias[c])
-                if dt_bias is not None:
-                    dbias_row = ddt_bias[b, channel : channel + width]
-                    for c in range(width):
-                        dbias_row[c] += ddts_rows[t, c]
+                for c in range(width):
+                    dbias_sums[c] += ddts_rows[t, c]
                 ddt_row = row(ddt, b, start + t, channel, width)
                 for c in range(width):
                     store(ddt_row, c, ddts_rows[t, c])
+            flush(dD_sums, dD[b, channel : channel + width])
+            flush(dbias_sums, ddt_bias[b, channel : channel + width])

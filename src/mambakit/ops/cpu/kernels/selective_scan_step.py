@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from mambakit.ops.cpu.kernels.simd import LOG2_E, exp2, kernel, load, sigmoid, softplus, store
+from mambakit.ops.cpu.kernels.simd import LOG2_E, dot, exp2, kernel, load, sigmoid, softplus, store
 
 
 @kernel
@@ -28,9 +26,7 @@ def step(first, last, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y):
             u, rate = step_size * load(x_row, c), step_size * LOG2_E
             for n in range(d_state):
                 h[n] = exp2(rate * A_row[n]) * h[n] + u * B_row[n]
-            total = np.float32(0)
-            for n in range(d_state):
-                total += C_row[n] * h[n]
+            total = dot(C_row, h)
             if D is not None:
                 total += D[c] * load(x_row, c)
             if z is not None:

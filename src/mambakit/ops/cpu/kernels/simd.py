@@ -1,6 +1,6 @@
-"""Scalar functions that LLVM turns into vector code: no library calls, no branches, float32 throughout.
+"""Scalar functions that LLVM turns into vector code in a loop over a row: no library calls, no branches, float32.
 
-Loops over `LANES` neighbouring channels become one AVX-512 register, two AVX2 registers or four NEON registers.
+`exp2` takes `Lanes` too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from llvmlite import ir
 from numba import float32, njit, types, uint16
 from numba.extending import intrinsic, overload, register_jitable
 
-LANES = 16
+from mambakit.ops.cpu.kernels.lanes import clamp, scale_exponent
+
 LOG2_E = np.float32(1.4426950408889634)
 LN_2 = np.float32(0.693145751953125)  # the first 15 bits of ln 2
 LN_2_REST = np.float32(0.6931471805599453 - 0.693145751953125)
@@ -27,19 +28,6 @@ def kernel(function: Any) -> Any:
     return njit(function, nogil=True, fastmath={"contract"}, error_model="numpy", cache=True)
 
 
-@intrinsic
-def _scale(typingctx: Any, p: Any, k: Any) -> Any:
-    """P times two to the integer that the low mantissa bits of k hold: an addition to the exponent bits."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits, shift = (builder.bitcast(a, _I32) for a in args)
-        return builder.bitcast(
-            builder.add(bits, builder.shl(shift, ir.Constant(_I32, 23))), ir.FloatType()
-        )
-
-    return float32(float32, float32), build
-
-
 @register_jitable
 def _two_to_the(k: float, f: float) -> float:
     """2^(k + f) to 1 ulp, |f| <= 1/2: a polynomial for 2^f, and k (plus ROUND) into the exponent."""
@@ -50,7 +38,7 @@ def _two_to_the(k: float, f: float) -> float:
     p = p * f + np.float32(2.4022646e-01)
     p = p * f + np.float32(6.9314718e-01)
     p = p * f + np.float32(1.0)
-    return _scale(p, k)
+    return scale_exponent(p, k)
 
 
 @register_jitable
@@ -59,8 +47,7 @@ def exp2(x: float) -> float:
 
     x is clamped to [-126, 128]: below, 2^-126 stands for zero; above, the result is infinite. NaN stays NaN.
     """
-    x = np.float32(-126.0) if x < np.float32(-126.0) else x
-    x = np.float32(128.0) if x > np.float32(128.0) else x
+    x = clamp(x, np.float32(-126.0), np.float32(128.0))
     k = x + ROUND
     return _two_to_the(k, x - (k - ROUND))
 
@@ -71,8 +58,7 @@ def exp(x: float) -> float:
 
     The nearest multiple of ln 2 is taken off in two parts, the first exact, so nothing is lost for large x.
     """
-    x = np.float32(-87.0) if x < np.float32(-87.0) else x
-    x = np.float32(88.0) if x > np.float32(88.0) else x
+    x = clamp(x, np.float32(-87.0), np.float32(88.0))
     k = x * LOG2_E + ROUND
     n = k - ROUND
     return _two_to_the(k, (x - n * LN_2 - n * LN_2_REST) * LOG2_E)
@@ -100,6 +86,23 @@ def softplus(x: float) -> float:
     p = p * q + np.float32(1.0)
     positive = x if x > np.float32(0.0) else np.float32(0.0)
     return positive + np.float32(2.0) * s * p
+
+
+@njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy", cache=True)
+def dot(a, b):
+    """Sum of a b; the compiler may choose the order (one for good, when it compiles), or it could not vectorise."""
+    total = np.float32(0)
+    for i in range(a.size):
+        total += a[i] * b[i]
+    return total
+
+
+@register_jitable
+def flush(sums, totals):
+    """Add float32 sums to float64 totals and start them afresh: long sums lose nothing, short ones stay fast."""
+    for i in range(totals.size):
+        totals[i] += sums[i]
+        sums[i] = np.float32(0)
 
 
 @intrinsic
