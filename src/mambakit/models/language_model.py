@@ -79,10 +79,6 @@ class MambaLanguageModel(nn.Module):
     Args:
         config: Sizes and switches.
 
-    Attributes:
-        activation_checkpointing: Whether blocks are computed again in the backward pass instead of
-            keeping their activations: less memory, a third more work.
-
     Example:
         >>> import torch
         >>> from mambakit import MambaConfig, MambaLanguageModel
@@ -208,7 +204,10 @@ class MambaLanguageModel(nn.Module):
 
     @property
     def activation_checkpointing(self) -> bool:
-        """Whether blocks are computed again in the backward pass."""
+        """Whether the backward pass computes each block again instead of keeping what is inside.
+
+        That takes less memory, and a third more work. Settable.
+        """
         return self.backbone.activation_checkpointing
 
     @activation_checkpointing.setter

@@ -21,6 +21,8 @@ VARIANTS = {
     "complex, nothing selective": {"A_init": "s4d-lin", "selective": ()},
     "complex, dt and C": {"A_init": "s4d-lin", "selective": ("dt", "C"), "dt_rank": 3},
     "state 1, conv 2": {"d_state": 1, "d_conv": 2},
+    "conv 1": {"d_conv": 1},
+    "conv longer than the sequence": {"d_conv": 9},
 }
 
 
