@@ -60,6 +60,7 @@ def run(args: Sequence[str]) -> int:
     from mambakit.data import windows
     from mambakit.evaluate import count_bytes, score
 
+    console = Console(stderr=True)
     model, tokenizer = load_checkpoint(options.checkpoint, options.device, options.precision)
     # Windows cannot remove a file that is still mapped into memory; the system does it later.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
@@ -68,8 +69,9 @@ def run(args: Sequence[str]) -> int:
             windows(dataset, options.seqlen, options.batch_size, documents=options.documents),
             description="reading",
             total=math.ceil((len(dataset) - 1) / (options.seqlen * options.batch_size)),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         result = score(model, batches, count_bytes(tokenizer))
     print(f"tokens          {result.tokens:>12,}")

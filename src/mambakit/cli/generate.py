@@ -62,10 +62,11 @@ def run(args: Sequence[str]) -> int:
         seed=options.seed,
     )
     if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
+        waiting = prompts[0]
         for _, piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+            print(waiting + piece, end="", flush=True)
+            waiting = ""
+        print(waiting)
         return 0
     texts = list(prompts)
     for row, piece in pieces:

@@ -13,6 +13,7 @@ import tyro
 from mambakit.errors import ArgumentError
 
 Options = TypeVar("Options")
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
 def parse(
@@ -46,15 +47,21 @@ def parse(
 
 
 def _one_line(box: str, command: str) -> str:
-    """Put the text of tyro's error box on one line, without the help texts that it repeats."""
-    rows = [row.strip("│").rstrip() for row in box.splitlines() if row.startswith("│")]
-    kept = []
-    for row in rows:
-        text = row.strip()
+    """Put the text of tyro's error box on one line, without the help texts that it repeats.
+
+    Rows are "│ text │" between a title and a border; or "  text  " where stdout is not UTF-8. On a
+    terminal they are coloured.
+    """
+    parts: list[str] = []
+    for row in _COLOUR.sub("", box).splitlines()[1:]:
+        text = row.replace("│", " ")[2:].rstrip()
         if text.startswith(("For full helptext", "Argument helptext")):
             break
-        if not row.startswith(" " * 9):
-            kept.append(";" if text.startswith("─") else text)
-    message = " ".join(kept).replace(" ;", ";").rstrip(";")
-    message = re.sub(r"^Error parsing [\w.]+: ", "", message)
+        is_rule = not text.strip("─-╰╯")
+        is_help = text.startswith(" " * 8)
+        if is_rule and parts:
+            parts[-1] += ";"
+        elif not is_rule and not is_help:
+            parts.append(text.strip())
+    message = re.sub(r"^Error parsing [\w.]+: ", "", " ".join(parts).rstrip(";"))
     return f"{message} (mambakit {command} --help lists the options)"

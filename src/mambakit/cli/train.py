@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,7 +43,7 @@ class Train:
 
 def run(args: Sequence[str]) -> int:
     """Run `mambakit train`."""
-    options = parse(Train, args, "train", default=_defaults(args))
+    options = parse(Train, args, "train", default=defaults(args))
     config = options.run
 
     from mambakit.train import run_folder
@@ -66,17 +68,17 @@ def run(args: Sequence[str]) -> int:
     return 0
 
 
-def _defaults(args: Sequence[str]) -> Train:
+def defaults(args: Sequence[str]) -> Train:
     """The options before the flags: from the files that --config, --preset and --data name."""
     config, shape, data = (_value(args, name) for name in ("--config", "--preset", "--data"))
     values = read_toml(Path(config)) if config else {}
     if shape:
         values["model"] = preset(shape).to_dict()
-    data = data or values.get("data", "")
-    if is_prepared(data) and (shape or "vocab_size" not in values.get("model", {})):
-        vocabulary = Manifest.load(data).vocab_size
-        values["model"] = {**values.get("model", {}), "vocab_size": vocabulary}
     run = TrainConfig.from_dict({"data": "", "out": "", **values})
+    data = data or values.get("data")
+    if data and is_prepared(data) and (shape or "vocab_size" not in values.get("model", {})):
+        model = dataclasses.replace(run.model, vocab_size=Manifest.load(data).vocab_size)
+        run = dataclasses.replace(run, model=model)
     for name in ("data", "out"):
         if name not in values:
             object.__setattr__(run, name, tyro.MISSING)  # So that tyro asks for it.
@@ -85,7 +87,7 @@ def _defaults(args: Sequence[str]) -> Train:
 
 def _value(args: Sequence[str], flag: str) -> str | None:
     """The value that a flag has on the command line, without parsing the rest."""
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
+    for arg, following in pairwise([*args, ""]):
         if arg == flag:
             return following
         if arg.startswith(f"{flag}="):
