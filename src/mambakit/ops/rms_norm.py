@@ -38,7 +38,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "au
     """
     _check(x, weight)
     chosen = resolve_backend(backend, x.device, x.dtype)
-    return (cpu if chosen == "cpu" else reference).rms_norm(x, weight, eps)
+    run = cpu.rms_norm if chosen == "cpu" else reference.rms_norm
+    return run(x, weight, eps)
 
 
 def add_rms_norm(
@@ -76,7 +77,8 @@ def add_rms_norm(
     check_float(residual=residual)
     check_device(x, residual=residual)
     chosen = resolve_backend(backend, x.device, residual.dtype if x.dtype.itemsize < 8 else x.dtype)
-    return (cpu if chosen == "cpu" else reference).add_rms_norm(x, residual, weight, eps)
+    run = cpu.add_rms_norm if chosen == "cpu" else reference.add_rms_norm
+    return run(x, residual, weight, eps)
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

@@ -47,7 +47,8 @@ def selective_scan(
         x: Input, (B, L, D), float32, bfloat16, float16 (float64 with the reference backend).
         dt: Step size, (B, L, D). After bias and softplus it is >= 0, in units of 1 / |A|.
         A: Decay rates, (D, N), real or complex, with a negative real part.
-        B: Input weights, (B, L, N); (B, L, G, N) for G groups of D / G neighbouring channels; or (D, N), constant in time. Complex only with complex A.
+        B: Input weights, (B, L, N); (B, L, G, N) for G groups of D / G neighbouring channels; or (D, N),
+            constant in time. Complex only with complex A.
         C: Output weights, shaped like B or in any other of these forms.
         D: Skip weights, (D,). Default: no skip.
         z: Gate, (B, L, D). Default: no gate.

@@ -49,7 +49,9 @@ def _(x, weight, bias, past, age, silu):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("mambakit::cpu_causal_conv1d_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "mambakit::cpu_causal_conv1d_backward", mutates_args=(), device_types="cpu"
+)
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -136,4 +138,5 @@ def causal_conv1d_step(
     conv_state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
     """Arguments as in `mambakit.ops.causal_conv1d_step`."""
-    return _step(conv_state, x, weight, bias, activation == "silu")
+    y: Tensor = _step(conv_state, x, weight, bias, activation == "silu")
+    return y

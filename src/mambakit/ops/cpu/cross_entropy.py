@@ -20,7 +20,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Arguments as in `mambakit.ops.linear_cross_entropy`."""
     needs = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _forward(hidden, weight, targets, ignore_index, needs)[0]
+    loss: Tensor = _forward(hidden, weight, targets, ignore_index, needs)[0]
+    return loss
 
 
 @torch.library.custom_op("mambakit::cpu_linear_cross_entropy", mutates_args=(), device_types="cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,12 +14,14 @@ from mambakit.ops.cpu.threads import run
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Arguments as in `mambakit.ops.rms_norm`."""
-    return _forward(x, None, weight, eps)[0]
+    y: Tensor = _forward(x, None, weight, eps)[0]
+    return y
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Arguments as in `mambakit.ops.add_rms_norm`."""
-    return _forward(x, residual, weight, eps)
+    y, total = _forward(x, residual, weight, eps)
+    return y, total
 
 
 @torch.library.custom_op("mambakit::cpu_rms_norm", mutates_args=(), device_types="cpu")
@@ -33,7 +36,7 @@ def _forward(
     old = None if residual is None else _rows(residual)
     total = None if old is None else torch.empty_like(old)
     run(
-        forward, _tasks(rows), array(rows), array(old), vector(weight), torch.tensor(eps).numpy()[()],
+        forward, _tasks(rows), array(rows), array(old), vector(weight), np.float32(eps),
         array(y), array(total),
     )  # fmt: skip
     y = y.to(x.dtype).view(x.shape)
@@ -50,38 +53,44 @@ def _(x, residual, weight, eps):
 
 @torch.library.custom_op("mambakit::cpu_rms_norm_backward", mutates_args=(), device_types="cpu")
 def _backward(
-    total: Tensor, weight: Tensor, eps: float, dy: Tensor, dtotal: Optional[Tensor]
+    x: Tensor,
+    residual: Optional[Tensor],
+    weight: Tensor,
+    eps: float,
+    dy: Tensor,
+    dtotal: Optional[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the sum x + residual, in float32, and of the weight."""
+    """Gradients of x and residual, which are one, in float32; and of the weight."""
     from mambakit.ops.cpu.kernels.rms_norm import backward
 
-    rows = _rows(total)
+    rows = _rows(x)
     dx = torch.empty(rows.shape)
     dweight = torch.zeros(_tasks(rows), rows.shape[1])
     run(
-        backward, _tasks(rows), array(rows), vector(weight), torch.tensor(eps).numpy()[()],
-        array(_rows(dy)), None if dtotal is None else array(_rows(dtotal)), array(dx), array(dweight),
+        backward, _tasks(rows), array(rows), None if residual is None else array(_rows(residual)), vector(weight),
+        np.float32(eps), array(_rows(dy)), None if dtotal is None else array(_rows(dtotal)), array(dx), array(dweight),
     )  # fmt: skip
-    return dx.view(total.shape), dweight.sum(0).to(weight.dtype)
+    return dx.view(x.shape), dweight.sum(0).to(weight.dtype)
 
 
 @_backward.register_fake
-def _(total, weight, eps, dy, dtotal):
-    return total.new_empty(total.shape, dtype=torch.float32), weight.new_empty(weight.shape)
+def _(x, residual, weight, eps, dy, dtotal):
+    return x.new_empty(x.shape, dtype=torch.float32), weight.new_empty(weight.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, residual, weight, ctx.eps = inputs
     ctx.dtypes = x.dtype, None if residual is None else residual.dtype
-    ctx.save_for_backward(x if residual is None else output[1], weight)
+    if residual is not None and residual.dtype == torch.float32:
+        x, residual = output[1], None  # the sum, which the next block keeps anyway
+    ctx.save_for_backward(x, residual, weight)
 
 
 def _gradients(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Any, ...]:
-    total, weight = ctx.saved_tensors
     x_dtype, residual_dtype = ctx.dtypes
-    add = residual_dtype is not None
-    dx, dweight = _backward(total, weight, ctx.eps, dy, dtotal if add else None)
-    return dx.to(x_dtype), dx.to(residual_dtype) if add else None, dweight, None
+    added = residual_dtype is not None
+    dx, dweight = _backward(*ctx.saved_tensors, ctx.eps, dy, dtotal if added else None)
+    return dx.to(x_dtype), dx.to(residual_dtype) if added else None, dweight, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)

@@ -130,7 +130,9 @@ def _(x, dt, A, B, C, D, z, dt_bias, initial_state, restart, dt_softplus, save):
     return torch.empty_like(x, memory_format=torch.contiguous_format), state, saved
 
 
-@torch.library.custom_op("mambakit::cpu_selective_scan_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "mambakit::cpu_selective_scan_backward", mutates_args=(), device_types="cpu"
+)
 def _backward(
     dy: Tensor,
     dstate: Tensor,
@@ -159,7 +161,9 @@ def _backward(
     )
     dD, dbias = torch.zeros(2, batch, d_inner, dtype=torch.float64)
     dx, ddt, dz = (
-        adjoint.new_empty(0) if t is None else torch.empty_like(readable(t), memory_format=torch.contiguous_format)
+        adjoint.new_empty(0)
+        if t is None
+        else torch.empty_like(readable(t), memory_format=torch.contiguous_format)
         for t in (x, dt, z)
     )
     run(
@@ -187,7 +191,11 @@ def _backward(
 @_backward.register_fake
 def _(dy, dstate, x, dt, A, B, C, D, z, dt_bias, restart, saved, dt_softplus):
     def like(tensor: Tensor | None) -> Tensor:
-        return x.new_empty(0, dtype=torch.float32) if tensor is None else tensor.new_empty(tensor.shape)
+        return (
+            x.new_empty(0, dtype=torch.float32)
+            if tensor is None
+            else tensor.new_empty(tensor.shape)
+        )
 
     return tuple(like(t) for t in (x, dt, A, B, C, D, z, dt_bias, dstate))
 
@@ -242,9 +250,10 @@ def _inputs(
     """What both kernels read, in their form: A times log2(e); B and C in blocks if constant in time."""
     B, C = (to_blocks(W, *cut) if W.ndim == 2 else W.float().contiguous() for W in (B, C))
     A = to_blocks(A * LOG2_E, *cut)
+    none = x.new_zeros(x.shape[2])
     return (
-        rows(readable(x)), rows(readable(dt)), array(A), array(B), array(C), vector(D),
-        None if z is None else rows(readable(z)), vector(dt_bias),
+        rows(readable(x)), rows(readable(dt)), array(A), array(B), array(C), vector(none if D is None else D),
+        None if z is None else rows(readable(z)), vector(none if dt_bias is None else dt_bias),
     )  # fmt: skip
 
 
@@ -261,7 +270,8 @@ def selective_scan_step(
     dt_softplus: bool,
 ) -> Tensor:
     """Arguments as in `mambakit.ops.selective_scan_step`."""
-    return _step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    y: Tensor = _step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    return y
 
 
 @torch.library.custom_op(
@@ -281,7 +291,7 @@ def _step(
 ) -> Tensor:
     from mambakit.ops.cpu.kernels.selective_scan_step import step
 
-    batch, d_inner = x.shape
+    batch = x.shape[0]
     y = torch.empty_like(readable(x), memory_format=torch.contiguous_format)
     B, C = (W.float().view(W.shape[0], -1, W.shape[-1]) for W in (B, C))
     run(

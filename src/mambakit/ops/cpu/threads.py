@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,10 +25,7 @@ def run(kernel: Callable[..., None], tasks: int, *args: Any) -> None:
     """
     threads = min(torch.get_num_threads(), tasks)
     bounds = [tasks * i // threads for i in range(threads + 1)] if threads else []
-    rest = [
-        _threads().submit(kernel, first, last, *args)
-        for first, last in zip(bounds[1:-1], bounds[2:], strict=True)
-    ]
+    rest = [_threads().submit(kernel, first, last, *args) for first, last in pairwise(bounds[1:])]
     try:
         if threads:
             kernel(bounds[0], bounds[1], *args)

@@ -22,6 +22,6 @@ def linear_cross_entropy(
         logits = linear(rows, weight.to(rows.dtype)).to(real)
         return cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
 
-    blocks = zip(hidden.split(ROWS), targets.split(ROWS), strict=True)
+    blocks = zip(torch.split(hidden, ROWS), torch.split(targets, ROWS), strict=True)
     losses = [checkpoint(total, *block, use_reentrant=False) for block in blocks]
     return torch.stack(losses).sum() / counted if losses else hidden.sum() / counted

@@ -20,7 +20,7 @@ ONE = np.float32(1)
 
 @register_jitable
 def convolve(x, weight, bias, past, age, b, t, channel, width, sums):
-    """sums = bias + the taps at time t, before the activation."""
+    """Sums = bias + the taps at time t, before the activation."""
     taps = weight.shape[0]
     for c in range(width):
         sums[c] = np.float32(0)

@@ -134,7 +134,9 @@ def sum_lanes(typingctx: Any, value: Any) -> Any:
         for half in (8, 4, 2, 1):
             low, high = (
                 builder.shuffle_vector(
-                    total, total, ir.Constant(ir.VectorType(_INT, half), list(range(start, start + half)))
+                    total,
+                    total,
+                    ir.Constant(ir.VectorType(_INT, half), list(range(start, start + half))),
                 )
                 for start in (0, half)
             )
@@ -171,5 +173,3 @@ def scale_exponent(typingctx: Any, p: Any, k: Any) -> Any:
         return builder.bitcast(builder.add(bits, moved), floats)
 
     return p(p, p), build
-
-

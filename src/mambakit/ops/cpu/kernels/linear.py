@@ -7,7 +7,7 @@ from mambakit.ops.cpu.kernels.simd import dot, kernel
 
 @kernel
 def multiply(first, last, x, weight, bias, y):
-    """y = x weight^T + bias: x (B, K), weight (O, K), bias (O,) or None, y (B, O).
+    """Y = x weight^T + bias: x (B, K), weight (O, K), bias (O,) or None, y (B, O).
 
     A row of the matrix meets all rows of x while it is in the cache.
     """

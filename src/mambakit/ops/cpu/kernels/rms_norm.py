@@ -3,45 +3,55 @@
 from __future__ import annotations
 
 import numpy as np
+from numba.extending import register_jitable
 
 from mambakit.ops.cpu.kernels.simd import dot, kernel, load, store
 
 ROWS = 16
 
 
+@register_jitable
+def read(x, residual, r, values):
+    """values = row r of x, plus that of the residual if there is one."""
+    x_row = x[r]
+    for c in range(x.shape[1]):
+        values[c] = load(x_row, c)
+    if residual is not None:
+        residual_row = residual[r]
+        for c in range(x.shape[1]):
+            values[c] += load(residual_row, c)
+
+
 @kernel
 def forward(first, last, x, residual, weight, eps, y, total):
-    """total = x + residual (x alone if that is None), and y = total normalised; x, y: (rows, M)."""
+    """total = x + residual (not written if that is None), and y = total normalised; x, y: (rows, M)."""
     width = x.shape[1]
     values = np.empty(width, np.float32)
     for r in range(first * ROWS, min(last * ROWS, x.shape[0])):
-        x_row, y_row = x[r], y[r]
-        for c in range(width):
-            values[c] = load(x_row, c)
+        read(x, residual, r, values)
         if residual is not None:
-            residual_row, total_row = residual[r], total[r]
+            total_row = total[r]
             for c in range(width):
-                values[c] += load(residual_row, c)
                 store(total_row, c, values[c])
         scale = np.float32(1) / np.sqrt(dot(values, values) / np.float32(width) + eps)
+        y_row = y[r]
         for c in range(width):
             store(y_row, c, values[c] * scale * weight[c])
 
 
 @kernel
-def backward(first, last, total, weight, eps, dy, dtotal, dx, dweight):
-    """dx = dtotal + the gradient through the norm of `total`; dweight: (tasks, M), still to be summed.
+def backward(first, last, x, residual, weight, eps, dy, dtotal, dx, dweight):
+    """dx = dtotal + the gradient through the norm of x + residual; dweight: (tasks, M), still to be summed.
 
     With s = 1 / rms and n = s total:  d total = s (weight dy - n mean(weight dy n)).
     """
-    width = total.shape[1]
+    width = x.shape[1]
     values, scaled = np.empty(width, np.float32), np.empty(width, np.float32)
     for task in range(first, last):
         dweight_row = dweight[task]
-        for r in range(task * ROWS, min((task + 1) * ROWS, total.shape[0])):
-            total_row, dy_row, dx_row = total[r], dy[r], dx[r]
-            for c in range(width):
-                values[c] = load(total_row, c)
+        for r in range(task * ROWS, min((task + 1) * ROWS, x.shape[0])):
+            dy_row, dx_row = dy[r], dx[r]
+            read(x, residual, r, values)
             scale = np.float32(1) / np.sqrt(dot(values, values) / np.float32(width) + eps)
             for c in range(width):
                 values[c] *= scale

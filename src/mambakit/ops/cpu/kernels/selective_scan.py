@@ -8,8 +8,8 @@ One task is one batch row and one group of channels; it walks the time in tiles 
 3. whole rows of the results are written.
 
 Parameters come in blocks, (groups, blocks, N, LANES) with zeros where there is no channel, A already times log2(e).
-B and C are (B, L, N), or in blocks if constant in time. Absent arrays are None: Numba compiles one kernel for each
-combination in use and drops the dead branches.
+B and C are (B, L, N), or in blocks if constant in time. An absent z, restart or saved is None: Numba compiles one
+kernel for each combination in use and drops the dead branches.
 
 The backward keeps nothing of the forward but the state before each tile. It walks the tiles from the last to the
 first, replays the states and decays of a tile, and then runs the adjoint recurrence through it (the formulas:
@@ -27,6 +27,8 @@ from mambakit.ops.cpu.kernels.rows import row
 from mambakit.ops.cpu.kernels.simd import exp2, flush, kernel, load, sigmoid, softplus, store
 
 TILE = 16
+PART = 16
+"""Sums over the states are sums of sums of so many: their error stays small for large N."""
 ZERO, ONE = np.float32(0), np.float32(1)
 LN_2 = np.float32(0.6931471805599453)  # A in blocks is A log2(e); its gradient to dt needs A
 
@@ -44,16 +46,12 @@ def _weight(W, b, t, g, j, n):
 
 @register_jitable
 def read_inputs(x, dt, dt_bias, dt_softplus, b, start, steps, channel, width, dts, u):
-    """dts = dt after bias and softplus, u = dts x, for one tile; both (TILE, channels of a group)."""
+    """Dts = dt after bias and softplus, u = dts x, for one tile; both (TILE, channels of a group)."""
     for t in range(steps):
         dt_row, x_row = row(dt, b, start + t, channel, width), row(x, b, start + t, channel, width)
-        if dt_bias is None:
-            for c in range(width):
-                dts[t, c] = load(dt_row, c)
-        else:
-            bias = dt_bias[channel : channel + width]
-            for c in range(width):
-                dts[t, c] = load(dt_row, c) + bias[c]
+        bias = dt_bias[channel : channel + width]
+        for c in range(width):
+            dts[t, c] = load(dt_row, c) + bias[c]
         if dt_softplus:
             for c in range(width):
                 dts[t, c] = softplus(dts[t, c])
@@ -99,19 +97,24 @@ def forward(
                         h[j] = ZERO
                     dt_t, u_t = load_lanes(dts, (t, j)), load_lanes(u, (t, j))
                     total = spread(ZERO)
-                    for n in range(d_state):
-                        decay = exp2(dt_t * load_lanes(A, (g, j, n)))
-                        h_n = decay * load_lanes(h, (j, n)) + u_t * weight(B, b, start + t, g, j, n)
-                        store_lanes(h, (j, n), h_n)
-                        total += h_n * weight(C, b, start + t, g, j, n)
+                    for n_0 in range(0, d_state, PART):
+                        part = spread(ZERO)
+                        for n in range(n_0, min(n_0 + PART, d_state)):
+                            decay = exp2(dt_t * load_lanes(A, (g, j, n)))
+                            B_n = weight(B, b, start + t, g, j, n)
+                            h_n = decay * load_lanes(h, (j, n)) + u_t * B_n
+                            store_lanes(h, (j, n), h_n)
+                            part += h_n * weight(C, b, start + t, g, j, n)
+                        total += part
                     store_lanes(sums, (t, j), total)
             for t in range(steps):
-                y_row = row(y, b, start + t, channel, width)
-                if D is not None:
-                    D_row = D[channel : channel + width]
-                    x_row = row(x, b, start + t, channel, width)
-                    for c in range(width):
-                        sums_rows[t, c] += D_row[c] * load(x_row, c)
+                y_row, x_row = (
+                    row(y, b, start + t, channel, width),
+                    row(x, b, start + t, channel, width),
+                )
+                D_row = D[channel : channel + width]
+                for c in range(width):
+                    sums_rows[t, c] += D_row[c] * load(x_row, c)
                 if z is not None:
                     z_row = row(z, b, start + t, channel, width)
                     for c in range(width):
@@ -141,36 +144,43 @@ def replay(dts, u, A, B, C, restart, b, start, steps, g, j, h, decays, sums):
         alive = ZERO if restart is not None and restart[b, start + t] else ONE
         dt_t, u_t = load_lanes(dts, (t, j)), load_lanes(u, (t, j))
         total = spread(ZERO)
-        for n in range(A.shape[2]):
-            decay = exp2(dt_t * load_lanes(A, (g, j, n)))
-            if restart is not None:
-                decay *= alive
-            h_n = decay * load_lanes(h, (t, n)) + u_t * weight(B, b, start + t, g, j, n)
-            store_lanes(decays, (t, n), decay)
-            store_lanes(h, (t + 1, n), h_n)
-            total += h_n * weight(C, b, start + t, g, j, n)
+        for n_0 in range(0, A.shape[2], PART):
+            part = spread(ZERO)
+            for n in range(n_0, min(n_0 + PART, A.shape[2])):
+                decay = exp2(dt_t * load_lanes(A, (g, j, n)))
+                if restart is not None:
+                    decay *= alive
+                h_n = decay * load_lanes(h, (t, n)) + u_t * weight(B, b, start + t, g, j, n)
+                store_lanes(decays, (t, n), decay)
+                store_lanes(h, (t + 1, n), h_n)
+                part += h_n * weight(C, b, start + t, g, j, n)
+            total += part
         store_lanes(sums, (t, j), total)
 
 
 @register_jitable
-def adjoint(dts, u, A, B, C, b, start, steps, g, j, h, decays, dsums, l, dA, dB, dC, du, ddts):
+def adjoint(dts, u, A, B, C, b, start, steps, g, j, h, decays, dsums, dh, dA, dB, dC, du, ddts):
     """Run the adjoint recurrence of one block backwards through a tile.
 
-    l is the adjoint of the state after the tile times the decay into it; it becomes that of the state before.
+    dh is the adjoint of the state after the tile times the decay into it; it becomes that of the state before.
     """
     for t in range(steps - 1, -1, -1):
         dt_t, u_t, dsum = load_lanes(dts, (t, j)), load_lanes(u, (t, j)), load_lanes(dsums, (t, j))
         du_t, ddt_t = spread(ZERO), spread(ZERO)
-        for n in range(A.shape[2]):
-            l_n = load_lanes(l, (j, n)) + dsum * weight(C, b, start + t, g, j, n)
-            add(dC, dsum * load_lanes(h, (t + 1, n)), t, j, n)
-            add(dB, l_n * u_t, t, j, n)
-            du_t += l_n * weight(B, b, start + t, g, j, n)
-            l_n *= load_lanes(decays, (t, n))
-            store_lanes(l, (j, n), l_n)
-            q = l_n * load_lanes(h, (t, n))
-            ddt_t += q * load_lanes(A, (g, j, n))
-            store_lanes(dA, (j, n), load_lanes(dA, (j, n)) + q * dt_t)
+        for n_0 in range(0, A.shape[2], PART):
+            du_part, ddt_part = spread(ZERO), spread(ZERO)
+            for n in range(n_0, min(n_0 + PART, A.shape[2])):
+                dh_n = load_lanes(dh, (j, n)) + dsum * weight(C, b, start + t, g, j, n)
+                add(dC, dsum * load_lanes(h, (t + 1, n)), t, j, n)
+                add(dB, dh_n * u_t, t, j, n)
+                du_part += dh_n * weight(B, b, start + t, g, j, n)
+                dh_n *= load_lanes(decays, (t, n))
+                store_lanes(dh, (j, n), dh_n)
+                q = dh_n * load_lanes(h, (t, n))
+                ddt_part += q * load_lanes(A, (g, j, n))
+                store_lanes(dA, (j, n), load_lanes(dA, (j, n)) + q * dt_t)
+            du_t += du_part
+            ddt_t += ddt_part
         store_lanes(du, (t, j), du_t)
         store_lanes(ddts, (t, j), ddt_t)
 
@@ -187,18 +197,26 @@ def add_lanes(lanes, steps, sums):
 @kernel
 def backward(
     first, last, seqlen, d_inner, x, dt, A, B, C, D, z, dt_bias, dt_softplus, restart, saved,
-    dy, l, dx, ddt, dA, dB, dC, dD, dz, ddt_bias,
+    dy, dh, dx, ddt, dA, dB, dC, dD, dz, ddt_bias,
 ):  # fmt: skip
-    """Write all gradients; l comes in as the gradient of the final state and goes out as that of the initial.
+    """Write all gradients; dh comes in as the gradient of the final state and goes out as that of the initial.
 
-    x, dt, z, dy, dx, ddt, dz: Rows. l and dA (still to be summed over the batch): (B, groups, blocks, N, LANES); dB, dC:
-    (groups, B, L, N), still to be summed over the groups, or like dA if constant. dD, ddt_bias: (B, D), float64.
+    x, dt, z, dy, dx, ddt, dz: Rows. dh and dA (still to be summed over the batch): (B, groups, blocks, N, LANES).
+    dB, dC: (groups, B, L, N), to be summed over the groups, or like dA if constant. dD, ddt_bias: (B, D), float64.
     """
     groups, blocks, d_state, _ = A.shape
     group_width = blocks * LANES
     shape = (TILE, blocks, LANES)
-    dts, u, sums = np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    dsums, du, ddts = np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    dts, u, sums = (
+        np.zeros(shape, np.float32),
+        np.zeros(shape, np.float32),
+        np.zeros(shape, np.float32),
+    )
+    dsums, du, ddts = (
+        np.zeros(shape, np.float32),
+        np.zeros(shape, np.float32),
+        np.zeros(shape, np.float32),
+    )
     flat = (TILE, group_width)
     dts_rows, u_rows, sums_rows = dts.reshape(flat), u.reshape(flat), sums.reshape(flat)
     dsums_rows, du_rows, ddts_rows = dsums.reshape(flat), du.reshape(flat), ddts.reshape(flat)
@@ -236,7 +254,7 @@ def backward(
                 h[0] = saved[b, tile, g, j]
                 replay(dts, u, A, B, C, restart, b, start, steps, g, j, h, decays, sums)
                 adjoint(
-                    dts, u, A, B, C, b, start, steps, g, j, h, decays, dsums, l[b, g], dA[b, g],
+                    dts, u, A, B, C, b, start, steps, g, j, h, decays, dsums, dh[b, g], dA[b, g],
                     dB_lanes if B.ndim == 3 else dB[b, g : g + 1],
                     dC_lanes if C.ndim == 3 else dC[b, g : g + 1],
                     du, ddts,
@@ -248,39 +266,30 @@ def backward(
             for t in range(steps):
                 x_row = row(x, b, start + t, channel, width)
                 dx_row = row(dx, b, start + t, channel, width)
+                D_row = D[channel : channel + width]
                 if z is not None:
                     z_row = row(z, b, start + t, channel, width)
                     dy_row = row(dy, b, start + t, channel, width)
                     dz_row = row(dz, b, start + t, channel, width)
-                    if D is not None:
-                        D_row = D[channel : channel + width]
-                        for c in range(width):
-                            sums_rows[t, c] += D_row[c] * load(x_row, c)
                     for c in range(width):
                         z_c = load(z_row, c)
                         s = sigmoid(z_c)
                         slope = s * (ONE + z_c * (ONE - s))
-                        store(dz_row, c, load(dy_row, c) * sums_rows[t, c] * slope)
-                if D is None:
-                    for c in range(width):
-                        store(dx_row, c, du_rows[t, c] * dts_rows[t, c])
-                else:
-                    D_row = D[channel : channel + width]
-                    for c in range(width):
-                        store(dx_row, c, du_rows[t, c] * dts_rows[t, c] + D_row[c] * dsums_rows[t, c])
-                    for c in range(width):
-                        dD_sums[c] += dsums_rows[t, c] * load(x_row, c)
+                        gated = sums_rows[t, c] + D_row[c] * load(x_row, c)
+                        store(dz_row, c, load(dy_row, c) * gated * slope)
+                for c in range(width):
+                    store(dx_row, c, du_rows[t, c] * dts_rows[t, c] + D_row[c] * dsums_rows[t, c])
+                for c in range(width):
+                    dD_sums[c] += dsums_rows[t, c] * load(x_row, c)
                 for c in range(width):
                     ddts_rows[t, c] = ddts_rows[t, c] * LN_2 + du_rows[t, c] * load(x_row, c)
                 if dt_softplus:
-                    dt_row = row(dt, b, start + t, channel, width)
-                    if dt_bias is None:
-                        for c in range(width):
-                            ddts_rows[t, c] *= sigmoid(load(dt_row, c))
-                    else:
-                        bias = dt_bias[channel : channel + width]
-                        for c in range(width):
-                            ddts_rows[t, c] *= sigmoid(load(dt_row, c) + bias[c])
+                    dt_row, bias = (
+                        row(dt, b, start + t, channel, width),
+                        dt_bias[channel : channel + width],
+                    )
+                    for c in range(width):
+                        ddts_rows[t, c] *= sigmoid(load(dt_row, c) + bias[c])
                 for c in range(width):
                     dbias_sums[c] += ddts_rows[t, c]
                 ddt_row = row(ddt, b, start + t, channel, width)

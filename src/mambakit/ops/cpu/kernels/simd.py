@@ -29,10 +29,15 @@ def kernel(function: Any) -> Any:
 
 
 @register_jitable
-def _two_to_the(k: float, f: float) -> float:
-    """2^(k + f) to 1 ulp, |f| <= 1/2: a polynomial for 2^f, and k (plus ROUND) into the exponent."""
-    p = np.float32(1.5345812e-04)
-    p = p * f + np.float32(1.3399931e-03)
+def exp2(x: float) -> float:
+    """2^x to 1 ulp: x = k + f with |f| <= 1/2, a polynomial for 2^f, and k into the exponent.
+
+    x is clamped to [-126, 128]: below, 2^-126 stands for zero; above, the result is infinite. NaN stays NaN.
+    """
+    x = clamp(x, np.float32(-126.0), np.float32(128.0))
+    k = x + ROUND
+    f = x - (k - ROUND)
+    p = f * np.float32(1.5345812e-04) + np.float32(1.3399931e-03)
     p = p * f + np.float32(9.6184891e-03)
     p = p * f + np.float32(5.5503286e-02)
     p = p * f + np.float32(2.4022646e-01)
@@ -42,26 +47,23 @@ def _two_to_the(k: float, f: float) -> float:
 
 
 @register_jitable
-def exp2(x: float) -> float:
-    """2^x to 1 ulp.
-
-    x is clamped to [-126, 128]: below, 2^-126 stands for zero; above, the result is infinite. NaN stays NaN.
-    """
-    x = clamp(x, np.float32(-126.0), np.float32(128.0))
-    k = x + ROUND
-    return _two_to_the(k, x - (k - ROUND))
-
-
-@register_jitable
 def exp(x: float) -> float:
     """e^x to 1 ulp for x in [-87, 88], to which it is clamped; NaN stays NaN.
 
-    The nearest multiple of ln 2 is taken off in two parts, the first exact, so nothing is lost for large x.
+    As `exp2`, with x = k ln 2 + f. The multiple of ln 2 is taken off in two parts, the first exact, so that nothing is
+    lost for large x.
     """
     x = clamp(x, np.float32(-87.0), np.float32(88.0))
     k = x * LOG2_E + ROUND
     n = k - ROUND
-    return _two_to_the(k, (x - n * LN_2 - n * LN_2_REST) * LOG2_E)
+    f = x - n * LN_2 - n * LN_2_REST
+    p = f * np.float32(1.3836846e-03) + np.float32(8.3748158e-03)
+    p = p * f + np.float32(4.1668225e-02)
+    p = p * f + np.float32(1.6666420e-01)
+    p = p * f + np.float32(4.9999991e-01)
+    p = p * f + np.float32(1.0)
+    p = p * f + np.float32(1.0)
+    return scale_exponent(p, k)
 
 
 @register_jitable
