@@ -1,0 +1,49 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mambakit.errors import BackendError
+from mambakit.ops import rms_norm
+from mambakit.ops.dispatch import explain, resolve_backend
+
+CPU = torch.device("cpu")
+
+
+def test_auto_takes_the_first_that_can() -> None:
+    assert resolve_backend("auto", CPU, torch.float32) == "cpu"
+    assert resolve_backend("auto", CPU, torch.float64) == "reference"
+    assert resolve_backend("auto", torch.device("meta"), torch.float32) == "reference"
+
+
+def test_a_named_backend_runs_or_says_why_not() -> None:
+    assert resolve_backend("reference", CPU, torch.float32) == "reference"
+    with pytest.raises(BackendError, match="no compiled kernel for torch.float64; use float32"):
+        rms_norm(torch.ones(2, dtype=torch.float64), torch.ones(2), backend="cpu")
+    with pytest.raises(BackendError, match="the tensors are on meta"):
+        resolve_backend("cpu", torch.device("meta"), torch.float32)
+    with pytest.raises(BackendError, match="got 'cud', wanted 'auto' or one of"):
+        resolve_backend("cud", CPU, torch.float32)
+
+
+def test_explain_gives_a_reason_for_each_that_cannot() -> None:
+    choices = explain(CPU, torch.float64)
+    assert [c.backend for c in choices] == ["cpu", "reference"]
+    assert "float64" in choices[0].unavailable
+    assert choices[1].unavailable is None
+
+
+def test_a_second_process_does_not_compile() -> None:
+    """The machine code of the first process is loaded from disk."""
+    program = (
+        "import torch; from mambakit.ops import rms_norm\n"
+        "rms_norm(torch.ones(2, 3), torch.ones(3), backend='cpu')\n"
+        "from mambakit.ops.cpu.kernels.rms_norm import forward\n"
+        "stats = forward.stats\n"
+        "print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))"
+    )
+    run = [sys.executable, "-c", program]
+    subprocess.run(run, check=True, capture_output=True)
+    second = subprocess.run(run, check=True, capture_output=True, text=True)
+    assert second.stdout.split() == ["1", "0"]
