@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     import torch
 
     from mambakit.models.language_model import MambaLanguageModel
+
+
+SCAN = (2048, 1536, 16)
+"""L, D and N of the scan."""
+BUDGET_SECONDS = 2.0
+"""Time to spend on each number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,7 @@ def run(args: Sequence[str]) -> int:
     """Run `mambakit bench`."""
     options = parse(Bench, args, "bench")
 
+    import torch
     from rich.console import Console
     from rich.table import Table
 
@@ -47,8 +55,11 @@ def run(args: Sequence[str]) -> int:
     device = find_device(options.device)
     model = _make_model(options, device)
     size = f"{model.num_parameters() / 1e6:.1f} M parameters"
-    scans = Table("backend", "forward", "backward", title=f"selective scan on {device}, Melem/s")
-    speeds = Table("", "float32", "bfloat16", title=f"{size} on {device}, tokens/s")
+    shape = "L = {}, D = {}, N = {}".format(*SCAN)
+    scans = Table("backend", "forward", "backward", title=f"selective scan, {shape}, Melem/s")
+    speeds = Table(
+        "precision", "training", "reading", "writing", title=f"{size} on {device}, tokens/s"
+    )
     for table in (scans, speeds):
         for column in table.columns[1:]:
             column.justify = "right"
@@ -56,8 +67,9 @@ def run(args: Sequence[str]) -> int:
     with console.status("measuring"):
         for scan_row in _scan(device):
             scans.add_row(*scan_row)
-        for speed_row in _model(model, options.seqlen, device):
-            speeds.add_row(*speed_row)
+        for precision in ("float32", "bfloat16"):
+            dtype = getattr(torch, precision)
+            speeds.add_row(precision, *_model_rates(model, options.seqlen, device, dtype))
     console.print(scans)
     console.print(speeds)
     return 0
@@ -79,7 +91,7 @@ def _scan(device: torch.device) -> Iterator[tuple[str, ...]]:
     from mambakit.ops import selective_scan
     from mambakit.ops.dispatch import explain
 
-    seqlen, d_inner, d_state = 2048, 1536, 16
+    seqlen, d_inner, d_state = SCAN
     x, dt, z = (torch.randn(1, seqlen, d_inner, device=device) for _ in range(3))
     A = -torch.rand(d_inner, d_state, device=device)
     B, C = (torch.randn(1, seqlen, d_state, device=device) for _ in range(2))
@@ -101,41 +113,36 @@ def _scan(device: torch.device) -> Iterator[tuple[str, ...]]:
         yield choice.backend, *(f"{seqlen * d_inner / 1e6 / s:,.1f}" for s in seconds)
 
 
-def _model(
-    model: MambaLanguageModel, seqlen: int, device: torch.device
-) -> Iterator[tuple[str, ...]]:
-    """Training step, prompt and decoding, in float32 and bfloat16 autocast."""
+def _model_rates(
+    model: MambaLanguageModel, seqlen: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[str]:
+    """Tokens per second of training, of reading a prompt and of writing."""
     import torch
 
     tokens = torch.randint(model.config.vocab_size, (1, seqlen), device=device)
-    state = model.prefill(tokens[:, :8])[1]
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def train() -> None:
-        torch.autograd.backward(model.loss(tokens, tokens)[0])
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+            loss, _ = model.loss(tokens, tokens)
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
 
-    jobs: list[tuple[str, int, Callable[[], object]]] = [
-        (f"training, 1 x {seqlen}", seqlen, train),
-        (f"reading a prompt of {seqlen}", seqlen, lambda: model.prefill(tokens)),
-        ("writing, one text", 1, lambda: model.step(tokens[:, 0], state)),
-    ]
-    for name, count, job in jobs:
-        rates = []
-        for dtype in (torch.float32, torch.bfloat16):
-            with torch.autocast(device.type, dtype, enabled=dtype is torch.bfloat16):
-                rates.append(f"{count / _seconds(job, device):,.1f}")
-        yield name, *rates
+    yield f"{seqlen / _seconds(train, device):,.1f}"
+    reader = copy.deepcopy(model).to(dtype)
+    _, state = reader.prefill(tokens)
+    yield f"{seqlen / _seconds(partial(reader.prefill, tokens), device):,.1f}"
+    yield f"{1 / _seconds(partial(reader.step, tokens[:, 0], state), device):,.1f}"
 
 
-def _seconds(function: Callable[[], object], device: torch.device, budget: float = 2.0) -> float:
-    """Median time of a call, over at least 3 calls and about `budget` seconds."""
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Median time of a call, over at least 3 calls, after one that is not counted."""
     import torch
 
     times: list[float] = []
     function()
-    while len(times) < 3 or sum(times) < budget:
+    while len(times) < 3 or sum(times) < BUDGET_SECONDS:
         start = time.perf_counter()
         function()
         if device.type == "cuda":

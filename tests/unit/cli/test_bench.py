@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambakit.cli import bench
+from mambakit.cli.main import main
+from mambakit.models import MambaConfig, MambaLanguageModel, save_model
+
+
+def test_it_prints_a_rate_for_every_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "SCAN", (64, 32, 16))
+    monkeypatch.setattr(bench, "BUDGET_SECONDS", 0.0)
+    save_model(MambaLanguageModel(MambaConfig(d_model=16, n_layer=1, vocab_size=16)), tmp_path)
+    assert main(["bench", "--checkpoint", str(tmp_path), "--seqlen", "16", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    for row, count in (("cpu", 2), ("reference", 2), ("float32", 3), ("bfloat16", 3)):
+        (numbers,) = re.findall(rf"^│ {row} +│(.*)│$", out, re.MULTILINE)
+        rates = [float(number.replace(",", "")) for number in numbers.split("│")]
+        assert len(rates) == count
+        assert min(rates) > 0
+
+
+def test_the_median_leaves_the_first_call_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    delays = iter([0.2, 0.01, 0.02, 0.03])
+    monkeypatch.setattr(bench, "BUDGET_SECONDS", 0.0)
+    seconds = bench._seconds(lambda: time.sleep(next(delays)), torch.device("cpu"))
+    assert seconds == pytest.approx(0.02, abs=0.005)
