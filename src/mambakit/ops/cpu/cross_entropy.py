@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.ops.cpu.arrays import array
+from mambakit.ops.cpu.threads import run
+
 LOGITS_BYTES = 128 * 2**20
-"""Memory of the float32 logits of one block."""
+"""Memory of the logits of one block, in float32."""
 
 
 def linear_cross_entropy(
@@ -29,31 +32,32 @@ def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss and, if `gradients`, those of hidden and (in float32) of weight; else of no elements."""
+    from mambakit.ops.cpu.kernels.cross_entropy import softmax_loss
+
     rows, vocab = hidden.shape[0], weight.shape[0]
     block = max(1, LOGITS_BYTES // (4 * vocab))
     matrix = weight.to(hidden.dtype)
     counted = targets != ignore_index
-    scale = 1 / counted.sum()
-    total = torch.zeros((), dtype=torch.float64)
+    weights = torch.where(counted, 1 / counted.sum(dtype=torch.float32), 0)
+    classes = torch.where(counted, targets, 0)
+    losses = torch.empty(rows)
     dhidden = torch.empty_like(hidden) if gradients else hidden.new_empty(0)
-    dweight = torch.zeros(weight.shape if gradients else 0, dtype=torch.float32)
+    dweight = torch.zeros(weight.shape if gradients and rows == 0 else 0)
 
     for start in range(0, rows, block):
         part = slice(start, start + block)
-        counts = counted[part]
-        logits = (hidden[part] @ matrix.t()).float()
-        index = torch.where(counts, targets[part], 0)[:, None]
-        normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-        losses = (normaliser - logits.gather(1, index))[:, 0]
-        total += torch.where(counts, losses, 0).sum(dtype=torch.float64)
+        logits = hidden[part] @ matrix.t()
+        values = logits.float() if logits.dtype == torch.float16 else logits
+        run(
+            softmax_loss, len(values), array(values), array(classes[part]), array(weights[part]),
+            array(losses[part]), gradients,
+        )  # fmt: skip
         if gradients:
-            weights = (counts * scale)[:, None]
-            dlogits = logits.sub_(normaliser).exp_().mul_(weights)
-            dlogits.scatter_add_(1, index, -weights)
-            dlogits = dlogits.to(hidden.dtype)
+            dlogits = values.to(hidden.dtype)
             torch.matmul(dlogits, matrix, out=dhidden[part])
-            dweight += dlogits.t() @ hidden[part]
-    return (total * scale).float(), dhidden, dweight
+            product = (dlogits.t() @ hidden[part]).float()
+            dweight = product if start == 0 else dweight.add_(product)
+    return losses.sum() / counted.sum(), dhidden, dweight
 
 
 @_forward.register_fake
