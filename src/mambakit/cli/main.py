@@ -55,8 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return _fail("interrupted", 130, debug)
-    except (MambakitError, OSError) as error:
+    except MambakitError as error:
         return _fail(str(error), 2, debug)
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _fail(named, 2, debug)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

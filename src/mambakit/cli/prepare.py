@@ -61,7 +61,8 @@ def run(args: Sequence[str]) -> int:
             progress=progress,
         )
     print(f"{describe(manifest)} in {options.out}")
-    print(f"next: mambakit train --data {options.out} --out runs/first")
+    shape = "--d-model 256 --n-layer 4"  # Small enough for any machine.
+    print(f"next: mambakit train --data {options.out} --out runs/first {shape}")
     return 0
 
 

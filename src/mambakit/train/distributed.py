@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,9 @@ class World:
         Raises:
             BackendError: There is no such device on this machine.
         """
-        rank, size = (int(os.environ.get(name, value)) for name, value in _ENVIRONMENT.items())
-        place = find_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+        rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        place = find_device(device, local_rank)
         if size > 1 and not dist.is_initialized():
             if place.type == "cuda":
                 torch.cuda.set_device(place)
@@ -67,9 +69,6 @@ class World:
             dist.barrier()
 
 
-_ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1"}
-
-
 def find_device(name: str, local_rank: int = 0) -> torch.device:
     """The device that a name means on this machine; see `World.join`.
 
@@ -78,16 +77,15 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise BackendError(f"device is {name!r}, not auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda":
-        index = local_rank if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise BackendError(
-                f"device is {name!r}, but PyTorch finds {torch.cuda.device_count()} GPUs here; "
-                "use device='cpu', or see `mambakit doctor`"
-            )
-        return torch.device("cuda", index)
-    return device
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise BackendError(f"device is {name!r}, not auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    index = local_rank if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise BackendError(
+            f"device is {name!r}, but PyTorch finds {torch.cuda.device_count()} GPUs here; "
+            "use device='cpu', or see `mambakit doctor`"
+        )
+    return torch.device("cuda", index)

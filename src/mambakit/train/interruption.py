@@ -16,12 +16,14 @@ class Interruption:
 
     Outside the main thread, where Python gives no signals, it notes nothing.
 
+    Args:
+        notify: Called once, when the first signal comes.
+
     Attributes:
         signal: The signal that asked for the stop, or None.
     """
 
     def __init__(self, notify: Callable[[], None]) -> None:
-        """Args: notify: Called once, when the first signal comes."""
         self.signal: signal.Signals | None = None
         self._notify = notify
         self._previous: dict[signal.Signals, Any] = {}

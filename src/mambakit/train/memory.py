@@ -17,7 +17,7 @@ def device_memory(device: torch.device) -> int | None:
     """Bytes of memory of a device; None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if hasattr(os, "sysconf"):
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None
 

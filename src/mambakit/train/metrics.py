@@ -49,7 +49,7 @@ class RunLog:
         # Not at the top: it takes a second that a short run can do without until here.
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+        figure = Figure(figsize=(8, 5), dpi=120)
         axes = figure.subplots()
         for name, label, style in _CURVES:
             points = [(r["step"], r[name]) for r in self.records if name in r]

@@ -52,7 +52,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], run: Path) -> list[s
     """
     before, after = _flatten(old), _flatten(new)
     differences = {
-        key: f"{key} {before.get(key)} -> {value}"
+        key: "text or tokenizer" if key == "data_content" else f"{key} {before.get(key)} -> {value}"
         for key, value in after.items()
         if key not in _PLACES and before.get(key) != value
     }

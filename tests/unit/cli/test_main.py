@@ -76,7 +76,8 @@ def run_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Ca
     ("error", "code", "message"),
     [
         (DataError("two\nlines"), 2, "error: two lines"),
-        (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "error: x: No such file"),
+        (OSError("odd"), 2, "error: odd"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
         (MemoryError(), 2, "error: not enough memory; use smaller sizes"),
         (

@@ -38,7 +38,7 @@ def make_config(corpus: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
             "log_every": 2,
             "valid_every": 3,
             "valid_tokens": 256,
-            "save_every": 2,
+            "save_every": 6,
         }
         return TrainConfig(**{**values, **changes})
 

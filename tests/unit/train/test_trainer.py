@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambakit.data import TokenDataset, windows
+from mambakit.data import TokenDataset, prepare, windows
 from mambakit.errors import ConfigError, DataError, MambakitError, TrainingError
 from mambakit.evaluate import count_bytes, score
 from mambakit.models.checkpoint import load_model
@@ -109,6 +109,14 @@ def test_a_run_does_not_go_on_with_another_course(
     assert (config.out / "config.toml").read_text(encoding="utf-8") == text
 
 
+def test_a_run_does_not_go_on_with_another_text(make_config: MakeConfig, tmp_path: Path) -> None:
+    Trainer(make_config()).fit()
+    (tmp_path / "other.txt").write_text("another text\n" * 99, encoding="utf-8")
+    prepare(tmp_path / "other.txt", tmp_path / "other")
+    with pytest.raises(ConfigError, match="cannot go on with another text or tokenizer;"):
+        Trainer(make_config(data=tmp_path / "other"))
+
+
 def test_overwrite_starts_afresh_and_leaves_other_files(make_config: MakeConfig) -> None:
     Trainer(make_config()).fit()
     config = make_config(steps=2, seqlen=16)
@@ -199,7 +207,7 @@ class Poison(Callback):
 def test_a_loss_that_is_not_finite_stops_the_run(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(accumulation=2)
+    config = make_config(accumulation=2, save_every=2)
     with pytest.raises(TrainingError) as caught:
         Trainer(config, callbacks=[Poison(monkeypatch, range(3, 4))]).fit()
     message = str(caught.value)
@@ -257,20 +265,21 @@ def test_activation_checkpointing_changes_nothing(make_config: MakeConfig, tmp_p
     assert_same(weights(plain), weights(frugal))
 
 
+@pytest.mark.parametrize("documents", [True, False])
 def test_documents_reach_the_model(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, documents: bool
 ) -> None:
-    seen = []
-    trainer = Trainer(make_config(documents=True, steps=1))
-    loss = trainer.model.loss
+    seen: list[bool] = []
+    trainer = Trainer(make_config(documents=documents, steps=1))
 
-    def watch(*args: Any, **options: Any) -> Any:
-        seen.append(options["seq_idx"])
-        return loss(*args, **options)
+    def loss(tokens: Tensor, targets: Tensor, *, seq_idx: Tensor | None) -> tuple[Tensor, None]:
+        seen.append(seq_idx is not None and seq_idx.shape == tokens.shape)
+        return trainer.model.lm_head.weight.mean(), None
 
-    monkeypatch.setattr(trainer.model, "loss", watch)
+    monkeypatch.setattr(trainer.model, "loss", loss)
     trainer.fit()
-    assert all(seq_idx.shape[1] <= 32 for seq_idx in seen)
+    assert len(seen) > 1  # In training and in validation.
+    assert set(seen) == {documents}
 
 
 def test_a_given_model_is_trained(make_config: MakeConfig) -> None:
