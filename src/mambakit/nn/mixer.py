@@ -160,7 +160,10 @@ class MambaMixer(nn.Module):
         return _as_complex(weight) if self.is_complex else weight
 
     def _decay(self) -> Tensor:
-        A = -torch.exp(self.A_log)
+        """A, (D, N)."""
+        # Not exp: that is MKL's on the CPU, which wakes a second thread for these few numbers; on
+        # a busy machine waiting for it takes longer than the rest of a step.
+        A = -torch.exp2(self.A_log / math.log(2))
         return torch.complex(A, self.A_imag) if self.is_complex else A
 
     def _dt_bias(self) -> Tensor:
