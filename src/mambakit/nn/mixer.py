@@ -139,8 +139,7 @@ class MambaMixer(nn.Module):
 
     def _steering(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What steers the scan at x, (..., D): dt before bias and softplus, B and C."""
-        none = x[..., :0]
-        projected = (none, none, none)
+        projected = (x, x, x)  # What is not selective is not looked at.
         if self.x_proj is not None:
             projected = self.x_proj(x).split(self._sizes, dim=-1)
         dt = self.dt_proj(projected[0]) if self._sizes[0] else torch.zeros_like(x)
