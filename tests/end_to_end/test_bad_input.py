@@ -211,6 +211,12 @@ def test_wrong_generation_options(
     assert message in refuse("generate", "--checkpoint", trained, "--prompt", "x", *flags)
 
 
+def test_a_prompt_that_is_no_text(refuse: Refuse, trained: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "prompt.txt", b"caf\xe9")
+    line = refuse("generate", "--checkpoint", trained, "--prompt-file", file)
+    assert line == f"{file}: is not utf-8 text (unexpected end of data)"
+
+
 def test_a_model_of_another_tokenizer(refuse: Refuse, trained: Path, tmp_path: Path) -> None:
     import tokenizers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import subprocess
 import sys
@@ -92,6 +93,15 @@ def test_generate_runs_as_a_module(trained: Path) -> None:
     result = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("line")
+
+
+def test_a_terminal_without_the_characters_shows_others(trained: Path) -> None:
+    args = ["generate", "--checkpoint", str(trained), "--prompt", "é→", "--max-tokens", "1"]
+    command = [sys.executable, "-m", "mambakit", *args]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, encoding="ascii", env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("??")
 
 
 def test_samples_are_shown_and_logged_while_training(

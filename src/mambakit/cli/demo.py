@@ -43,10 +43,18 @@ def draft_config(data: Path, out: Path) -> TrainConfig:
 
 
 LEFT_OUT = {
-    *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"),
-    *("pydoc_data", "encodings", "ensurepip"),
+    "dist-packages",
+    "encodings",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
 }
-"""Folders of the standard library that are other people's, tests, or tables."""
+"""Folders beside the standard library's own code: other people's code, tests, tables."""
 
 
 @dataclass(frozen=True, kw_only=True)

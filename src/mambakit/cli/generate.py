@@ -77,12 +77,13 @@ def run(args: Sequence[str]) -> int:
 
 def _prompts(options: Generate) -> tuple[str, ...]:
     """The texts to continue, at least one."""
-    if options.prompt_file is not None:
-        try:
+    try:
+        if options.prompt_file is not None:
             return (*options.prompt, options.prompt_file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{options.prompt_file}: is not UTF-8 text ({error})") from error
-    if options.prompt:
-        return options.prompt
-    is_piped = sys.stdin is not None and not sys.stdin.isatty()
-    return (sys.stdin.read().removesuffix("\n") if is_piped else "",)
+        if options.prompt:
+            return options.prompt
+        is_piped = sys.stdin is not None and not sys.stdin.isatty()
+        return (sys.stdin.read().removesuffix("\n") if is_piped else "",)
+    except UnicodeDecodeError as error:
+        source = options.prompt_file or "stdin"
+        raise DataError(f"{source}: is not {error.encoding} text ({error.reason})") from error

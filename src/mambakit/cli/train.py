@@ -38,13 +38,13 @@ class Train:
     """Steps between two samples of what the model writes; 0: none."""
     sample_prompt: str = ""
     """Text that the samples continue; empty: a new document."""
-    run: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
+    training: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
 
 
 def run(args: Sequence[str]) -> int:
     """Run `mambakit train`."""
     options = parse(Train, args, "train", default=defaults(args))
-    config = options.run
+    config = options.training
 
     from mambakit.train import run_folder
     from mambakit.train.progress import Progress
@@ -74,22 +74,23 @@ def defaults(args: Sequence[str]) -> Train:
     values = read_toml(Path(config)) if config else {}
     if shape:
         values["model"] = preset(shape).to_dict()
-    run = TrainConfig.from_dict({"data": "", "out": "", **values})
+    training = TrainConfig.from_dict({"data": "", "out": "", **values})
     data = data or values.get("data")
     if data and is_prepared(data) and (shape or "vocab_size" not in values.get("model", {})):
-        model = dataclasses.replace(run.model, vocab_size=Manifest.load(data).vocab_size)
-        run = dataclasses.replace(run, model=model)
+        model = dataclasses.replace(training.model, vocab_size=Manifest.load(data).vocab_size)
+        training = dataclasses.replace(training, model=model)
     for name in ("data", "out"):
         if name not in values:
-            object.__setattr__(run, name, tyro.MISSING)  # So that tyro asks for it.
-    return Train(run=run)
+            object.__setattr__(training, name, tyro.MISSING)  # So that tyro asks for it.
+    return Train(training=training)
 
 
 def _value(args: Sequence[str], flag: str) -> str | None:
     """The value that a flag has on the command line, without parsing the rest."""
+    value = None
     for arg, following in pairwise([*args, ""]):
         if arg == flag:
-            return following
-        if arg.startswith(f"{flag}="):
-            return arg.removeprefix(f"{flag}=")
-    return None
+            value = following
+        elif arg.startswith(f"{flag}="):
+            value = arg.removeprefix(f"{flag}=")
+    return value

@@ -17,7 +17,7 @@ class Interruption:
     Outside the main thread, where Python gives no signals, it notes nothing.
 
     Args:
-        notify: Called once, when the first signal comes.
+        notify: Called once, in a thread of its own, when the first signal comes.
 
     Attributes:
         signal: The signal that asked for the stop, or None.
@@ -43,4 +43,5 @@ class Interruption:
                 raise KeyboardInterrupt
             return
         self.signal = signal.Signals(number)
-        self._notify()
+        # Not in here: what prints may be what the signal has just interrupted.
+        threading.Thread(target=self._notify).start()

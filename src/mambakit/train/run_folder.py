@@ -1,10 +1,12 @@
 """The folder of a run: what belongs to it, and whether a config may go on with it.
 
-config.toml     the config, complete; `mambakit train --config` reads it
-log.jsonl       a line of metrics every `log_every` steps, and one for each validation
-tensorboard/    the same for `tensorboard --logdir`
-loss.png        training and validation loss over the steps
-checkpoints/    see `mambakit.train.checkpointing`
+    config.toml     the config, complete; `mambakit train --config` reads it
+    log.jsonl       a line of metrics every `log_every` steps, and one for each validation
+    tensorboard/    the same for `tensorboard --logdir`
+    loss.png        training and validation loss over the steps
+    checkpoints/    see `mambakit.train.checkpointing`
+
+What else lies in the folder is left alone.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(*args: Any) -> TrainConfig:
     texts = [str(arg) for arg in args]
-    return parse(Train, texts, "train", default=defaults(texts)).run
+    return parse(Train, texts, "train", default=defaults(texts)).training
 
 
 def test_flags_set_training_and_model(corpus: Path) -> None:

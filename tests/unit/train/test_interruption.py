@@ -10,14 +10,15 @@ from mambakit.train.interruption import Interruption
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_noted_and_told(which: signal.Signals) -> None:
-    told: list[str] = []
+    told = threading.Semaphore(0)
     before = signal.getsignal(which)
-    with Interruption(lambda: told.append("once")) as interruption:
+    with Interruption(told.release) as interruption:
         assert interruption.signal is None
         signal.raise_signal(which)
         signal.raise_signal(signal.SIGTERM)
         assert interruption.signal is which
-    assert told == ["once"]
+    assert told.acquire(timeout=9)
+    assert not told.acquire(timeout=0.05)
     assert signal.getsignal(which) is before
 
 
