@@ -61,6 +61,19 @@ def test_ties_stay_together():
     torch.testing.assert_close(probabilities(logits, SamplingOptions(top_p=0.3)), even)
 
 
+def test_top_p_of_a_large_vocabulary_equals_sorting_it_whole():
+    logits = torch.randn(3, 20_000, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[0.1], [1.0], [5.0]]  # Nuclei of 11 thousand, some thousand, and a few dozen ids.
+    )
+    kept = probabilities(logits, SamplingOptions(top_p=0.6)) > 0
+    order = logits.argsort(descending=True)
+    before = logits.softmax(-1).gather(1, order).double().cumsum(-1).roll(1, dims=1)
+    before[:, 0] = 0
+    expected = torch.zeros_like(kept).scatter(1, order, before < 0.6)
+    assert (kept != expected).sum() <= 2  # the ids at the boundary, by rounding
+    assert kept.sum(-1).tolist()[0] > 8192 > 1024 > kept.sum(-1).tolist()[2]
+
+
 def test_rows_are_independent():
     logits = torch.cat([logits_of(0.5, 0.3, 0.2), logits_of(0.1, 0.1, 0.8)])
     options = SamplingOptions(top_p=0.6)
