@@ -1,0 +1,90 @@
+"""Speed of training the 130M model on the CPU: forward and backward of 1 x 512 tokens, and the optimizer step.
+
+python benchmarks/training.py            # the table
+python benchmarks/training.py --peers    # with transformers' MambaForCausalLM beside it (minutes a step)
+python benchmarks/training.py --json benchmarks/results/training-cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from mambakit.models import MambaLanguageModel, preset
+from report import Measurement, environment, save
+
+SEQLEN = 512
+Loss = Callable[[Tensor], Tensor]
+
+
+def ours() -> tuple[nn.Module, Loss]:
+    model = MambaLanguageModel(preset("130m"))
+    return model, lambda tokens: model.loss(tokens[:, :-1], tokens[:, 1:])[0]
+
+
+def transformers() -> tuple[nn.Module, Loss]:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(
+        MambaConfig(hidden_size=768, num_hidden_layers=24, vocab_size=50280, use_mambapy=False)
+    )
+    return model, lambda tokens: model(tokens[:, :-1], labels=tokens[:, :-1]).loss
+
+
+def measure_steps(
+    model: nn.Module, loss: Loss, dtype: torch.dtype, repeats: int
+) -> dict[str, Measurement]:
+    """Tokens a second: forward and backward alone, and with clipping and AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    passes, steps = [], []
+    for _ in range(repeats + 1):
+        tokens = torch.randint(50277, (1, SEQLEN + 1))
+        start = time.perf_counter()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            value = loss(tokens)
+        value.backward()
+        passes.append(time.perf_counter() - start)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append(time.perf_counter() - start)
+    return {
+        "forward and backward": Measurement.of(passes[1:]).rate(SEQLEN),
+        "whole step": Measurement.of(steps[1:]).rate(SEQLEN),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--peers", action="store_true", help="measure transformers too")
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+
+    rows: list[dict[str, Any]] = []
+    table = Table("", "precision", "", "tokens/s", "spread", title="130M parameters, 1 x 512")
+    cases = [("mambakit", ours, torch.float32), ("mambakit", ours, torch.bfloat16)]
+    if arguments.peers:
+        cases.append(("transformers", transformers, torch.float32))
+    for name, make, dtype in cases:
+        torch.manual_seed(0)
+        repeats = 1 if make is transformers else arguments.repeats
+        for what, rate in measure_steps(*make(), dtype, repeats).items():
+            precision = str(dtype).removeprefix("torch.")
+            table.add_row(name, precision, what, f"{rate.median:.1f}", f"±{rate.spread:.0%}")
+            rows.append({"model": name, "precision": precision, "what": what, **vars(rate)})
+    Console().print(table)
+    if arguments.json:
+        save(arguments.json, {"environment": environment(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
