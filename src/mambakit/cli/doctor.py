@@ -27,6 +27,7 @@ PACKAGES = (
     "huggingface-hub",
     "tensorboard",
 )
+DTYPES = ("float32", "bfloat16", "float16", "float64", "complex64")
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bf16", "amx-bf16", "neon", "sve", "bf16")
 
 
@@ -117,13 +118,13 @@ def _backends() -> Table:
     )
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     for device in devices:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            choices = explain(torch.device(device), dtype)
+        for dtype in DTYPES:
+            choices = explain(torch.device(device), getattr(torch, dtype))
             picked = next(choice.backend for choice in choices if choice.unavailable is None)
             others = [
                 f"{choice.backend}: {choice.unavailable or 'slower'}"
                 for choice in choices
                 if choice.backend != picked
             ]
-            table.add_row(device, str(dtype).removeprefix("torch."), picked, "\n".join(others))
+            table.add_row(device, dtype, picked, "\n".join(others))
     return table
