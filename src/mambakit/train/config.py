@@ -19,7 +19,8 @@ from mambakit.models.config import MambaConfig
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    # Newer Pythons, which have no need of it, check the types for this one too.
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 Precision = Literal["float32", "bfloat16"]
 NonFinite = Literal["stop", "skip"]
