@@ -52,25 +52,32 @@ def documents(batch: int, seqlen: int) -> Tensor:
     return (torch.rand(batch, seqlen) < 0.1).cumsum(1) % 3
 
 
+@pytest.fixture(params=[False, True], ids=["real", "complex"])
+def is_complex(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
 scan = partial(selective_scan, dt_softplus=True)
 OPTIONAL = ("D", "z", "dt_bias", "initial_state")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_option_present(dtype: torch.dtype) -> None:
-    assert_accurate(partial(scan, seq_idx=documents(2, 67)), case(dtype=dtype), "cpu")
+def test_every_option_present(dtype: torch.dtype, is_complex: bool) -> None:
+    assert_accurate(
+        partial(scan, seq_idx=documents(2, 67)), case(dtype=dtype, is_complex=is_complex), "cpu"
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_option_absent(dtype: torch.dtype) -> None:
-    inputs = case(dtype=dtype, absent=OPTIONAL)
+def test_every_option_absent(dtype: torch.dtype, is_complex: bool) -> None:
+    inputs = case(dtype=dtype, absent=OPTIONAL, is_complex=is_complex)
     inputs["dt"] = inputs["dt"].abs()
     assert_accurate(selective_scan, inputs, "cpu")
 
 
 @pytest.mark.parametrize("absent", [*OPTIONAL, "seq_idx", "dt_softplus"])
-def test_one_option_absent(absent: str) -> None:
-    inputs = case(absent=(absent,))
+def test_one_option_absent(absent: str, is_complex: bool) -> None:
+    inputs = case(absent=(absent,), is_complex=is_complex)
     if absent == "dt_softplus":
         inputs["dt"] = inputs["dt"].abs() + inputs["dt_bias"].abs().max()
     options = {"dt_softplus": absent != "dt_softplus"}
@@ -80,13 +87,13 @@ def test_one_option_absent(absent: str) -> None:
 
 
 @pytest.mark.parametrize("constant", ["B", "C", "BC"])
-def test_constant_in_time(constant: str) -> None:
-    assert_accurate(scan, case(constant=constant), "cpu")
+def test_constant_in_time(constant: str, is_complex: bool) -> None:
+    assert_accurate(scan, case(constant=constant, is_complex=is_complex), "cpu")
 
 
 @pytest.mark.parametrize("groups", [1, 4, 40])
-def test_groups(groups: int) -> None:
-    assert_accurate(scan, case(groups=groups), "cpu")
+def test_groups(groups: int, is_complex: bool) -> None:
+    assert_accurate(scan, case(groups=groups, is_complex=is_complex), "cpu")
 
 
 def test_groups_of_one_and_not_of_the_other() -> None:
@@ -97,9 +104,43 @@ def test_groups_of_one_and_not_of_the_other() -> None:
     assert_accurate(scan, inputs, "cpu")
 
 
+@pytest.mark.parametrize("real", ["B", "C", "BC", "initial_state"])
+def test_real_beside_complex_A(real: str) -> None:
+    inputs = case(is_complex=True, constant="C" if real == "C" else "")
+    for name in ["initial_state"] if real == "initial_state" else real:
+        inputs[name] = inputs[name].real.contiguous()
+    assert_accurate(scan, inputs, "cpu")
+
+
+def test_lazy_conjugates() -> None:
+    inputs = case(is_complex=True)
+    views = {k: v.conj() if v.is_complex() and k != "A" else v for k, v in inputs.items()}
+    copies = {k: v.resolve_conj() for k, v in views.items()}
+    for ours, expected in zip(
+        scan(**views, backend="cpu"), scan(**copies, backend="cpu"), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("angle", [1e-3, 1.0, 1e3, 6e3])
+def test_rotations(angle: float) -> None:
+    """A state that only turns: of a step of length 1 the angle is exact, so what is seen is the error of exp."""
+    angles = torch.linspace(-angle, angle, 999)[None].repeat(3, 1)
+    A = torch.complex(torch.zeros(3, 999), angles)
+    one, start = torch.ones(1, 1, 3), torch.ones(1, 3, 999, dtype=torch.complex64)
+    nothing = torch.zeros(3, 999)
+    _, scanned = selective_scan(one, one, A, nothing, nothing, initial_state=start, backend="cpu")
+    stepped = start.clone()
+    selective_scan_step(stepped, one[0], one[0], A, nothing[None], nothing[None], backend="cpu")
+    truth = torch.exp(1j * angles.double())
+    for state in (scanned, stepped):
+        assert (state - truth).abs().max() <= 2 * 2**-24
+        assert (state - truth).norm() <= 2**-24 * truth.norm()
+
+
 @pytest.mark.parametrize("seqlen", [1, 15, 16, 63, 127, 257])
-def test_lengths(seqlen: int) -> None:
-    assert_accurate(scan, case(1, seqlen, 24, 3), "cpu")
+def test_lengths(seqlen: int, is_complex: bool) -> None:
+    assert_accurate(scan, case(1, seqlen, 24, 3, is_complex=is_complex), "cpu")
 
 
 @pytest.mark.slow
@@ -109,18 +150,21 @@ def test_long_sequence() -> None:
 
 @pytest.mark.parametrize("d_inner", [1, 15, 17, 130, 300])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_channels(batch: int, d_inner: int) -> None:
-    assert_accurate(scan, case(batch, 21, d_inner, 4), "cpu")
+def test_channels(batch: int, d_inner: int, is_complex: bool) -> None:
+    """The error of one number, as the gradient of D is for one channel, is chance; so is that of a few."""
+    absent = ("D", "dt_bias") if d_inner == 1 else ()
+    inputs = case(batch, 21, d_inner, 32, absent=absent, is_complex=is_complex)
+    assert_accurate(scan, inputs, "cpu")
 
 
 @pytest.mark.parametrize("d_state", [1, 16, 64, 256])
-def test_states(d_state: int) -> None:
-    assert_accurate(scan, case(1, 19, 20, d_state), "cpu")
+def test_states(d_state: int, is_complex: bool) -> None:
+    assert_accurate(scan, case(1, 19, 20, d_state, is_complex=is_complex), "cpu")
 
 
 @pytest.mark.parametrize(("batch", "seqlen", "d_inner"), [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
-def test_nothing_to_scan(batch: int, seqlen: int, d_inner: int) -> None:
-    inputs = case(batch, seqlen, d_inner, 2)
+def test_nothing_to_scan(batch: int, seqlen: int, d_inner: int, is_complex: bool) -> None:
+    inputs = case(batch, seqlen, d_inner, 2, is_complex=is_complex)
     for ours, expected in zip(
         scan(**inputs, backend="cpu"), scan(**inputs, backend="reference"), strict=True
     ):
@@ -153,8 +197,10 @@ def test_mixed_dtypes() -> None:
     assert_accurate(scan, inputs, "cpu")
 
 
-def test_gradients_are_the_same_bits_every_time_and_for_any_number_of_threads() -> None:
-    inputs = case(2, 50, 140, 4)
+def test_gradients_are_the_same_bits_every_time_and_for_any_number_of_threads(
+    is_complex: bool,
+) -> None:
+    inputs = case(2, 50, 140, 4, is_complex=is_complex)
     threads = torch.get_num_threads()
     first = run(scan, inputs, "cpu")
     try:
@@ -199,20 +245,22 @@ def test_reference_gradients_of_complex_A() -> None:
 @pytest.mark.parametrize("form", ["shared", "groups", "constant"])
 @pytest.mark.parametrize("absent", ["none", "D", "z", "dt_bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_step(dtype: torch.dtype, absent: str, form: str) -> None:
+def test_step(dtype: torch.dtype, absent: str, form: str, is_complex: bool) -> None:
+    weight = torch.complex64 if is_complex else torch.float32
+    A = -torch.rand(40, 5) * 4
     shape = {"shared": (3, 5), "groups": (3, 4, 5), "constant": (1, 40, 5)}[form]
     inputs = {
         "x": torch.randn(3, 40, dtype=dtype),
         "dt": torch.randn(3, 40, dtype=dtype),
-        "A": -torch.rand(40, 5) * 4,
-        "B": torch.randn(shape),
-        "C": torch.randn(shape),
+        "A": torch.complex(A, torch.randn(40, 5)) if is_complex else A,
+        "B": torch.randn(shape, dtype=weight),
+        "C": torch.randn(shape, dtype=weight),
         "D": torch.randn(40),
         "z": torch.randn(3, 40, dtype=dtype),
         "dt_bias": torch.randn(40),
     }
     inputs.pop(absent, None)
-    start = torch.randn(3, 40, 5)
+    start = torch.randn(3, 40, 5, dtype=weight)
 
     def step(inputs: dict[str, Tensor], state: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         state = state.clone()

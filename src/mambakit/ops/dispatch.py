@@ -18,7 +18,7 @@ Backend = Literal["auto", "reference", "cpu"]
 BACKENDS = ("cpu", "reference")
 """In order of preference."""
 
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 
 
 class Choice(NamedTuple):
@@ -35,7 +35,8 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str |
     if device.type != "cpu":
         return f"the tensors are on {device}; move them with .cpu(), or use backend='reference'"
     if dtype not in CPU_DTYPES:
-        return f"no compiled kernel for {dtype}; use float32, or backend='reference'"
+        remedy = "complex64" if dtype.is_complex else "float32"
+        return f"no compiled kernel for {dtype}; use {remedy}, or backend='reference'"
     if importlib.util.find_spec("numba") is None:
         return "the package numba is not installed; pip install numba"
     return None

@@ -142,7 +142,9 @@ def _state_dtype(x: Tensor, A: Tensor) -> torch.dtype:
 
 
 def _kernel_dtype(x: Tensor, A: Tensor) -> torch.dtype:
-    return A.dtype if A.is_complex() else x.dtype
+    """The dtype that decides whether a backend can: that of the state, or of x where the state is float32."""
+    state = _state_dtype(x, A)
+    return x.dtype if state == torch.float32 else state
 
 
 def _check(

@@ -17,8 +17,11 @@ def array(tensor: Tensor | None) -> Any:
 
 
 def vector(parameter: Tensor | None) -> Any:
-    """A parameter as a contiguous float32 array."""
-    return None if parameter is None else array(parameter.float().contiguous())
+    """A parameter as a contiguous array, float32 or complex64."""
+    if parameter is None:
+        return None
+    dtype = torch.complex64 if parameter.is_complex() else torch.float32
+    return array(parameter.to(dtype).contiguous())
 
 
 def readable(tensor: Tensor) -> Tensor:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mambakit.ops.cpu.arrays import array, readable, rows, vector
+from mambakit.ops.cpu.blocks import LANES, cut_channels, from_blocks, to_blocks
 from mambakit.ops.cpu.threads import run
 
-LANES = 16
 TILE = 16
-LOG2_E = 1.4426950408889634
 
 
 def selective_scan(
@@ -30,6 +30,7 @@ def selective_scan(
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as in `mambakit.ops.selective_scan`."""
+    A, B, C, initial_state = _of_one_kind(A, B, C, initial_state)
     restart = None
     if seq_idx is not None:
         restart = torch.zeros_like(seq_idx, dtype=torch.bool)
@@ -66,32 +67,6 @@ def selective_scan(
     return torch.cat(ys, dim=2), torch.cat(states, dim=1)
 
 
-def cut_channels(batch: int, d_inner: int) -> tuple[int, int]:
-    """(groups, blocks of `LANES` channels in a group), from the shape alone, so that sums have a fixed order.
-
-    Eight blocks read long rows and share the sums of dB and dC; fewer if that left less than eight tasks.
-    """
-    blocks = 8
-    while blocks > 1 and batch * -(-d_inner // (blocks * LANES)) < 8:
-        blocks //= 2
-    return -(-d_inner // (blocks * LANES)), blocks
-
-
-def to_blocks(parameter: Tensor, groups: int, blocks: int) -> Tensor:
-    """(..., D, N) as (..., groups, blocks, N, LANES), float32, zeros where there is no channel."""
-    *outer, d_inner, d_state = parameter.shape
-    padded = parameter.new_zeros(*outer, groups * blocks * LANES, d_state, dtype=torch.float32)
-    padded[..., :d_inner, :] = parameter
-    return padded.view(*outer, groups, blocks, LANES, d_state).transpose(-1, -2).contiguous()
-
-
-def from_blocks(parameter: Tensor, d_inner: int) -> Tensor:
-    """The inverse of `to_blocks`."""
-    *outer, groups, blocks, d_state, _ = parameter.shape
-    flat = parameter.transpose(-1, -2).reshape(*outer, groups * blocks * LANES, d_state)
-    return flat[..., :d_inner, :].contiguous()
-
-
 @torch.library.custom_op("mambakit::cpu_selective_scan", mutates_args=(), device_types="cpu")
 def _forward(
     x: Tensor,
@@ -120,13 +95,14 @@ def _forward(
         forward, batch * cut[0], seqlen, d_inner, *_inputs(x, dt, A, B, C, D, z, dt_bias, cut), dt_softplus,
         array(restart), array(state), rows(y), array(saved) if save else None,
     )  # fmt: skip
-    return y.to(x.dtype), from_blocks(state, d_inner), saved
+    return y.to(x.dtype), from_blocks(state, A), saved
 
 
 @_forward.register_fake
 def _(x, dt, A, B, C, D, z, dt_bias, initial_state, restart, dt_softplus, save):
-    state = x.new_empty(x.shape[0], *A.shape, dtype=torch.float32)
-    saved = state.new_empty(_saved_shape(x, A, save))
+    dtype = torch.complex64 if A.is_complex() else torch.float32
+    state = x.new_empty(x.shape[0], *A.shape, dtype=dtype)
+    saved = x.new_empty(_saved_shape(x, A, save), dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), state, saved
 
 
@@ -156,7 +132,7 @@ def _backward(
     adjoint = to_blocks(dstate, *cut)
     dA = torch.zeros_like(adjoint)
     dB, dC = (
-        torch.zeros_like(adjoint) if W.ndim == 2 else adjoint.new_empty(cut[0], *W.shape)
+        torch.zeros_like(adjoint) if W.ndim == 2 else dstate.new_empty(cut[0], *W.shape)
         for W in (B, C)
     )
     dD, dbias = torch.zeros(2, batch, d_inner, dtype=torch.float64)
@@ -169,7 +145,8 @@ def _backward(
     run(
         backward, batch * cut[0], seqlen, d_inner, *_inputs(x, dt, A, B, C, D, z, dt_bias, cut), dt_softplus,
         array(restart), array(saved), rows(readable(dy)), array(adjoint), rows(dx), rows(ddt), array(dA),
-        array(dB), array(dC), array(dD), rows(dz) if z is not None else None, array(dbias),
+        array(dB).view(np.float32), array(dC).view(np.float32), array(dD), rows(dz) if z is not None else None,
+        array(dbias),
     )  # fmt: skip
 
     def like(gradient: Tensor, parameter: Tensor | None) -> Tensor:
@@ -178,13 +155,13 @@ def _backward(
     return (
         like(dx, x),
         like(ddt, dt),
-        like(from_blocks(dA.sum(0), d_inner), A),
-        like(dB.sum(0) if B.ndim == 3 else from_blocks(dB.sum(0), d_inner), B),
-        like(dC.sum(0) if C.ndim == 3 else from_blocks(dC.sum(0), d_inner), C),
+        like(from_blocks(dA.sum(0), A), A),
+        like(dB.sum(0) if B.ndim == 3 else from_blocks(dB.sum(0), A), B),
+        like(dC.sum(0) if C.ndim == 3 else from_blocks(dC.sum(0), A), C),
         like(dD.sum(0), D),
         like(dz, z),
         like(dbias.sum(0), dt_bias),
-        from_blocks(adjoint, d_inner),
+        from_blocks(adjoint, A),
     )
 
 
@@ -233,7 +210,18 @@ _forward.register_autograd(_gradients, setup_context=_setup)
 def _saved_shape(x: Tensor, A: Tensor, save: bool) -> tuple[int, ...]:
     batch, seqlen, d_inner = x.shape
     tiles = -(-seqlen // TILE) if save else 0
-    return (batch, tiles, *cut_channels(batch, d_inner), A.shape[1], LANES)
+    numbers = (A.shape[1], 2) if A.is_complex() else (A.shape[1],)
+    return (batch, tiles, *cut_channels(batch, d_inner), *numbers, LANES)
+
+
+def _of_one_kind(
+    A: Tensor, B: Tensor, C: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """All complex64 if A is complex, and C doubled, so that the kernels' Re(sum_n C h) is y; as they are if not."""
+    if not A.is_complex():
+        return A, B, C, state
+    A, B, C = (parameter.to(torch.complex64) for parameter in (A, B, C))
+    return A, B, 2 * C, None if state is None else state.to(torch.complex64)
 
 
 def _inputs(
@@ -247,12 +235,12 @@ def _inputs(
     dt_bias: Tensor | None,
     cut: tuple[int, int],
 ) -> tuple[Any, ...]:
-    """What both kernels read, in their form: A times log2(e); B and C in blocks if constant in time."""
-    B, C = (to_blocks(W, *cut) if W.ndim == 2 else W.float().contiguous() for W in (B, C))
-    A = to_blocks(A * LOG2_E, *cut)
+    """What both kernels read, in their form: A in blocks, and B and C if constant in time."""
+    B, C = (array(to_blocks(W, *cut)) if W.ndim == 2 else vector(W) for W in (B, C))
+    A = to_blocks(A, *cut)
     none = x.new_zeros(x.shape[2])
     return (
-        rows(readable(x)), rows(readable(dt)), array(A), array(B), array(C), vector(none if D is None else D),
+        rows(readable(x)), rows(readable(dt)), array(A), B, C, vector(none if D is None else D),
         None if z is None else rows(readable(z)), vector(none if dt_bias is None else dt_bias),
     )  # fmt: skip
 
@@ -270,6 +258,7 @@ def selective_scan_step(
     dt_softplus: bool,
 ) -> Tensor:
     """Arguments as in `mambakit.ops.selective_scan_step`."""
+    A, B, C, _ = _of_one_kind(A, B, C, None)
     y: Tensor = _step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     return y
 
@@ -293,9 +282,9 @@ def _step(
 
     batch = x.shape[0]
     y = torch.empty_like(readable(x), memory_format=torch.contiguous_format)
-    B, C = (W.float().view(W.shape[0], -1, W.shape[-1]) for W in (B, C))
+    B, C = (W.reshape(W.shape[0], -1, W.shape[-1]) for W in (B, C))
     run(
-        step, batch, array(ssm_state), array(readable(x)), array(readable(dt)), vector(A), array(B), array(C),
+        step, batch, array(ssm_state), array(readable(x)), array(readable(dt)), vector(A), vector(B), vector(C),
         vector(D), None if z is None else array(readable(z)), vector(dt_bias), dt_softplus, array(y),
     )  # fmt: skip
     return y.to(x.dtype)

@@ -165,11 +165,40 @@ def scale_exponent(typingctx: Any, p: Any, k: Any) -> Any:
     """P times two to the integer in the low mantissa bits of k: an addition to the exponent; float32 or Lanes."""
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        floats, ints, shift = (
-            (_VECTOR, _INTS, [23] * LANES) if sig.return_type == lanes_type else (_FLOAT, _INT, 23)
-        )
+        floats, ints, constant = _kind(sig.args[0])
         bits, exponent = (builder.bitcast(a, ints) for a in args)
-        moved = builder.shl(exponent, ir.Constant(ints, shift))
-        return builder.bitcast(builder.add(bits, moved), floats)
+        return builder.bitcast(builder.add(bits, builder.shl(exponent, constant(23))), floats)
 
     return p(p, p), build
+
+
+@intrinsic
+def quarter_turns(typingctx: Any, cos: Any, sin: Any, k: Any) -> Any:
+    """(cos, sin) of the angle plus k quarter turns, k in the low mantissa bits; float32 or Lanes.
+
+    An odd k swaps the two. The second bit of k is the sign of the sine, that of k + 1 the sign of the cosine.
+    """
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        floats, ints, constant = _kind(sig.args[0])
+        cos, sin, turns = (builder.bitcast(a, ints) for a in args)
+        swap = builder.icmp_signed("!=", builder.and_(turns, constant(1)), constant(0))
+
+        def signed(bits: Any, count: Any) -> Any:
+            sign = builder.shl(builder.and_(count, constant(2)), constant(30))
+            return builder.bitcast(builder.xor(bits, sign), floats)
+
+        turned = (
+            signed(builder.select(swap, sin, cos), builder.add(turns, constant(1))),
+            signed(builder.select(swap, cos, sin), turns),
+        )
+        return context.make_tuple(builder, sig.return_type, turned)
+
+    return types.UniTuple(cos, 2)(cos, cos, cos), build
+
+
+def _kind(number: Any) -> tuple[Any, Any, Any]:
+    """For float32 or Lanes: the LLVM type, that of its bits, and how to write a constant of these."""
+    if number == lanes_type:
+        return _VECTOR, _INTS, lambda value: ir.Constant(_INTS, [value] * LANES)
+    return _FLOAT, _INT, lambda value: ir.Constant(_INT, value)

@@ -1,4 +1,4 @@
-"""The selective scan on the CPU, forward and backward, for real A.
+"""The selective scan on the CPU, forward and backward.
 
 One task is one batch row and one group of channels; it walks the time in tiles of `TILE` steps. In a tile
 
@@ -7,9 +7,12 @@ One task is one batch row and one group of channels; it walks the time in tiles 
    a time step is one vector operation per state and term, and nothing is ever summed across lanes,
 3. whole rows of the results are written.
 
-Parameters come in blocks, (groups, blocks, N, LANES) with zeros where there is no channel, A already times log2(e).
-B and C are (B, L, N), or in blocks if constant in time. An absent z, restart or saved is None: Numba compiles one
-kernel for each combination in use and drops the dead branches.
+Parameters come in blocks, (groups, blocks, N, LANES) with zeros where there is no channel. B and C are (B, L, N), or
+in blocks if constant in time. An absent z, restart or saved is None: Numba compiles one kernel for each combination in
+use and drops the dead branches.
+
+The same source serves real and complex A: y = Re sum_n C h + D x. Complex blocks are (groups, blocks, N, 2, LANES), and
+`read` makes ComplexLanes of them; complex B and C that vary in time are complex64. Below, (*N, LANES) stands for both.
 
 The backward keeps nothing of the forward but the state before each tile. It walks the tiles from the last to the
 first, replays the states and decays of a tile, and then runs the adjoint recurrence through it (the formulas:
@@ -20,28 +23,34 @@ added across lanes once a tile, and written one row a group, for the caller to a
 from __future__ import annotations
 
 import numpy as np
+from numba import types
 from numba.extending import overload, register_jitable
 
+from mambakit.ops.cpu.kernels.complex_lanes import complex_lanes, read, write
+from mambakit.ops.cpu.kernels.decay import decay
 from mambakit.ops.cpu.kernels.lanes import LANES, load_lanes, spread, store_lanes, sum_lanes
 from mambakit.ops.cpu.kernels.rows import row
-from mambakit.ops.cpu.kernels.simd import exp2, flush, kernel, load, sigmoid, softplus, store
+from mambakit.ops.cpu.kernels.simd import flush, kernel, load, sigmoid, softplus, store
 
 TILE = 16
 PART = 16
 """Sums over the states are sums of sums of so many: their error stays small for large N."""
 ZERO, ONE = np.float32(0), np.float32(1)
-LN_2 = np.float32(0.6931471805599453)  # A in blocks is A log2(e); its gradient to dt needs A
 
 
 def weight(W, b, t, g, j, n):
-    """B or C for block j of group g: a scalar for batch row b and time t, or Lanes if constant in time."""
+    """B or C for block j of group g: the same in all lanes at batch row b and time t, or constant in time."""
 
 
 @overload(weight, inline="always")
 def _weight(W, b, t, g, j, n):
-    if W.ndim == 3:
-        return lambda W, b, t, g, j, n: W[b, t, n]
-    return lambda W, b, t, g, j, n: load_lanes(W, (g, j, n))
+    if W.ndim > 3:
+        return lambda W, b, t, g, j, n: read(W, (g, j, n))
+    if W.dtype == types.complex64:
+        return lambda W, b, t, g, j, n: complex_lanes(
+            spread(W[b, t, n].real), spread(W[b, t, n].imag)
+        )
+    return lambda W, b, t, g, j, n: W[b, t, n]
 
 
 @register_jitable
@@ -65,9 +74,9 @@ def forward(
 ):  # fmt: skip
     """Write y and, if `saved` is given, the state before each tile; advance `state` from initial to final.
 
-    x, dt, z, y: Rows. state: (B, groups, blocks, N, LANES). restart: (B, L) bool. saved: (B, tiles, *state[0].shape).
+    x, dt, z, y: Rows. state: (B, groups, blocks, *N, LANES). restart: (B, L) bool. saved: (B, tiles, *state[0].shape).
     """
-    groups, blocks, d_state, _ = A.shape
+    groups, blocks, d_state = A.shape[:3]
     group_width = blocks * LANES
     dts = np.zeros((TILE, blocks, LANES), np.float32)
     u = np.zeros((TILE, blocks, LANES), np.float32)
@@ -100,11 +109,10 @@ def forward(
                     for n_0 in range(0, d_state, PART):
                         part = spread(ZERO)
                         for n in range(n_0, min(n_0 + PART, d_state)):
-                            decay = exp2(dt_t * load_lanes(A, (g, j, n)))
-                            B_n = weight(B, b, start + t, g, j, n)
-                            h_n = decay * load_lanes(h, (j, n)) + u_t * B_n
-                            store_lanes(h, (j, n), h_n)
-                            part += h_n * weight(C, b, start + t, g, j, n)
+                            old = decay(dt_t, read(A, (g, j, n))) * read(h, (j, n))
+                            h_n = old + u_t * weight(B, b, start + t, g, j, n)
+                            write(h, (j, n), h_n)
+                            part += (h_n * weight(C, b, start + t, g, j, n)).real
                         total += part
                     store_lanes(sums, (t, j), total)
             for t in range(steps):
@@ -124,22 +132,20 @@ def forward(
                     store(y_row, c, sums_rows[t, c])
 
 
-def add(dW, amount, t, j, n):
-    """Add Lanes to the gradient of B or C: of step t in this tile, or of the constant in block j."""
+def add(dW, W, amount, t, g, j, n):
+    """Add to the gradient of W = B or C: of step t in this tile, or of the constant in block j of group g."""
 
 
 @overload(add, inline="always")
-def _add(dW, amount, t, j, n):
-    if dW.ndim == 3:
-        return lambda dW, amount, t, j, n: store_lanes(dW, (t, n), load_lanes(dW, (t, n)) + amount)
-    return lambda dW, amount, t, j, n: store_lanes(
-        dW, (0, j, n), load_lanes(dW, (0, j, n)) + amount
-    )
+def _add(dW, W, amount, t, g, j, n):
+    if W.ndim == 3:
+        return lambda dW, W, amount, t, g, j, n: write(dW, (t, n), read(dW, (t, n)) + amount)
+    return lambda dW, W, amount, t, g, j, n: write(dW, (g, j, n), read(dW, (g, j, n)) + amount)
 
 
 @register_jitable
 def replay(dts, u, A, B, C, restart, b, start, steps, g, j, h, decays, sums):
-    """Recompute a tile of one block: h[t + 1] and the decays of step t, from h[0]; and sums = sum_n C h."""
+    """Recompute a tile of one block: h[t + 1] and the decays of step t, from h[0]; and sums = Re sum_n C h."""
     for t in range(steps):
         alive = ZERO if restart is not None and restart[b, start + t] else ONE
         dt_t, u_t = load_lanes(dts, (t, j)), load_lanes(u, (t, j))
@@ -147,13 +153,13 @@ def replay(dts, u, A, B, C, restart, b, start, steps, g, j, h, decays, sums):
         for n_0 in range(0, A.shape[2], PART):
             part = spread(ZERO)
             for n in range(n_0, min(n_0 + PART, A.shape[2])):
-                decay = exp2(dt_t * load_lanes(A, (g, j, n)))
+                decay_n = decay(dt_t, read(A, (g, j, n)))
                 if restart is not None:
-                    decay *= alive
-                h_n = decay * load_lanes(h, (t, n)) + u_t * weight(B, b, start + t, g, j, n)
-                store_lanes(decays, (t, n), decay)
-                store_lanes(h, (t + 1, n), h_n)
-                part += h_n * weight(C, b, start + t, g, j, n)
+                    decay_n = decay_n * alive
+                h_n = decay_n * read(h, (t, n)) + u_t * weight(B, b, start + t, g, j, n)
+                write(decays, (t, n), decay_n)
+                write(h, (t + 1, n), h_n)
+                part += (h_n * weight(C, b, start + t, g, j, n)).real
             total += part
         store_lanes(sums, (t, j), total)
 
@@ -170,15 +176,17 @@ def adjoint(dts, u, A, B, C, b, start, steps, g, j, h, decays, dsums, dh, dA, dB
         for n_0 in range(0, A.shape[2], PART):
             du_part, ddt_part = spread(ZERO), spread(ZERO)
             for n in range(n_0, min(n_0 + PART, A.shape[2])):
-                dh_n = load_lanes(dh, (j, n)) + dsum * weight(C, b, start + t, g, j, n)
-                add(dC, dsum * load_lanes(h, (t + 1, n)), t, j, n)
-                add(dB, dh_n * u_t, t, j, n)
-                du_part += dh_n * weight(B, b, start + t, g, j, n)
-                dh_n *= load_lanes(decays, (t, n))
-                store_lanes(dh, (j, n), dh_n)
-                q = dh_n * load_lanes(h, (t, n))
-                ddt_part += q * load_lanes(A, (g, j, n))
-                store_lanes(dA, (j, n), load_lanes(dA, (j, n)) + q * dt_t)
+                B_n = weight(B, b, start + t, g, j, n).conjugate()
+                C_n = weight(C, b, start + t, g, j, n).conjugate()
+                dh_n = read(dh, (j, n)) + dsum * C_n
+                add(dC, C, dsum * read(h, (t + 1, n)).conjugate(), t, g, j, n)
+                add(dB, B, dh_n * u_t, t, g, j, n)
+                du_part += (dh_n * B_n).real
+                dh_before = dh_n * read(decays, (t, n)).conjugate()
+                write(dh, (j, n), dh_before)
+                q = dh_before * read(h, (t, n)).conjugate()
+                ddt_part += (q * read(A, (g, j, n)).conjugate()).real
+                write(dA, (j, n), read(dA, (j, n)) + q * dt_t)
             du_t += du_part
             ddt_t += ddt_part
         store_lanes(du, (t, j), du_t)
@@ -187,11 +195,12 @@ def adjoint(dts, u, A, B, C, b, start, steps, g, j, h, decays, dsums, dh, dA, dB
 
 @register_jitable
 def add_lanes(lanes, steps, sums):
-    """sums[t, n] = the sum of lanes[t, n], which is left at zero."""
+    """Write the sums over the lanes of `steps` steps, in the order in which they lie; leave zeros."""
+    flat = lanes.reshape(TILE, lanes.size // (TILE * LANES), LANES)
     for t in range(steps):
-        for n in range(lanes.shape[1]):
-            sums[t, n] = sum_lanes(load_lanes(lanes, (t, n)))
-            store_lanes(lanes, (t, n), spread(ZERO))
+        for n in range(flat.shape[1]):
+            sums[t, n] = sum_lanes(load_lanes(flat, (t, n)))
+            store_lanes(flat, (t, n), spread(ZERO))
 
 
 @kernel
@@ -201,10 +210,10 @@ def backward(
 ):  # fmt: skip
     """Write all gradients; dh comes in as the gradient of the final state and goes out as that of the initial.
 
-    x, dt, z, dy, dx, ddt, dz: Rows. dh and dA (still to be summed over the batch): (B, groups, blocks, N, LANES).
-    dB, dC: (groups, B, L, N), to be summed over the groups, or like dA if constant. dD, ddt_bias: (B, D), float64.
+    x, dt, z, dy, dx, ddt, dz: Rows. dh and dA (still to be summed over the batch): (B, groups, blocks, *N, LANES).
+    dB, dC: (groups, B, L, N or 2N), to be summed over the groups, or like dA if constant. dD, ddt_bias: (B, D) float64.
     """
-    groups, blocks, d_state, _ = A.shape
+    groups, blocks = A.shape[:2]
     group_width = blocks * LANES
     shape = (TILE, blocks, LANES)
     dts, u, sums = (
@@ -220,10 +229,10 @@ def backward(
     flat = (TILE, group_width)
     dts_rows, u_rows, sums_rows = dts.reshape(flat), u.reshape(flat), sums.reshape(flat)
     dsums_rows, du_rows, ddts_rows = dsums.reshape(flat), du.reshape(flat), ddts.reshape(flat)
-    h = np.empty((TILE + 1, d_state, LANES), np.float32)
-    decays = np.empty((TILE, d_state, LANES), np.float32)
-    dB_lanes = np.zeros((TILE, d_state, LANES), np.float32)
-    dC_lanes = np.zeros((TILE, d_state, LANES), np.float32)
+    h = np.empty((TILE + 1, *A.shape[2:]), np.float32)
+    decays = np.empty((TILE, *A.shape[2:]), np.float32)
+    dB_lanes = np.zeros((TILE, *A.shape[2:]), np.float32)
+    dC_lanes = np.zeros((TILE, *A.shape[2:]), np.float32)
     dD_sums, dbias_sums = np.zeros(group_width, np.float32), np.zeros(group_width, np.float32)
 
     for task in range(first, last):
@@ -255,8 +264,8 @@ def backward(
                 replay(dts, u, A, B, C, restart, b, start, steps, g, j, h, decays, sums)
                 adjoint(
                     dts, u, A, B, C, b, start, steps, g, j, h, decays, dsums, dh[b, g], dA[b, g],
-                    dB_lanes if B.ndim == 3 else dB[b, g : g + 1],
-                    dC_lanes if C.ndim == 3 else dC[b, g : g + 1],
+                    dB_lanes if B.ndim == 3 else dB[b],
+                    dC_lanes if C.ndim == 3 else dC[b],
                     du, ddts,
                 )  # fmt: skip
             if B.ndim == 3:
@@ -282,7 +291,7 @@ def backward(
                 for c in range(width):
                     dD_sums[c] += dsums_rows[t, c] * load(x_row, c)
                 for c in range(width):
-                    ddts_rows[t, c] = ddts_rows[t, c] * LN_2 + du_rows[t, c] * load(x_row, c)
+                    ddts_rows[t, c] += du_rows[t, c] * load(x_row, c)
                 if dt_softplus:
                     dt_row, bias = (
                         row(dt, b, start + t, channel, width),

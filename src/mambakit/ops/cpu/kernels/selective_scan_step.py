@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from mambakit.ops.cpu.kernels.simd import LOG2_E, dot, exp2, kernel, load, sigmoid, softplus, store
+from mambakit.ops.cpu.kernels.decay import decay
+from mambakit.ops.cpu.kernels.simd import dot, kernel, load, sigmoid, softplus, store
 
 
 @kernel
 def step(first, last, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y):
-    """Advance the state (B, D, N) and write y (B, D); B and C: (B or 1, groups, N).
+    """Advance the state (B, D, N) and write y (B, D); B and C: (B or 1, groups, N). Complex where A is.
 
     The vector here is the states of one channel, which are neighbours in memory.
     """
@@ -23,9 +24,9 @@ def step(first, last, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y):
                 step_size += dt_bias[c]
             if dt_softplus:
                 step_size = softplus(step_size)
-            u, rate = step_size * load(x_row, c), step_size * LOG2_E
+            u = step_size * load(x_row, c)
             for n in range(d_state):
-                h[n] = exp2(rate * A_row[n]) * h[n] + u * B_row[n]
+                h[n] = decay(step_size, A_row[n]) * h[n] + u * B_row[n]
             total = dot(C_row, h)
             if D is not None:
                 total += D[c] * load(x_row, c)

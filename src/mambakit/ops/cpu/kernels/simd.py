@@ -1,6 +1,6 @@
 """Scalar functions that LLVM turns into vector code in a loop over a row: no library calls, no branches, float32.
 
-`exp2` takes `Lanes` too.
+`exp2` and `cos_sin` take `Lanes` too.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from llvmlite import ir
 from numba import float32, njit, types, uint16
 from numba.extending import intrinsic, overload, register_jitable
 
-from mambakit.ops.cpu.kernels.lanes import clamp, scale_exponent
+from mambakit.ops.cpu.kernels.lanes import clamp, quarter_turns, scale_exponent
 
 LOG2_E = np.float32(1.4426950408889634)
 LN_2 = np.float32(0.693145751953125)  # the first 15 bits of ln 2
 LN_2_REST = np.float32(0.6931471805599453 - 0.693145751953125)
+TWO_OVER_PI = np.float32(0.6366197723675814)
+HALF_PI = np.float32(1.57080078125)  # the first 12 bits of pi/2, rounded up
+HALF_PI_REST = np.float32(1.5707963267948966 - 1.57080078125)
 ROUND = np.float32(1.5 * 2**23)
 """Adding it leaves no bit for a fraction, so the sum is rounded to an integer, held in the low mantissa bits."""
 
@@ -67,6 +70,28 @@ def exp(x: float) -> float:
 
 
 @register_jitable
+def cos_sin(x: float) -> tuple[float, float]:
+    """(cos x, sin x) to 1.5 * 2^-24: x = k pi/2 + f with |f| <= pi/4, polynomials in f, and k quarter turns.
+
+    The multiple of pi/2 is taken off in two parts, the first exact up to |x| = 6400, and up to 10^5 where the machine
+    has a fused multiply-add. x is clamped to +-2^22, where neighbouring float32 are half a radian apart. NaN stays NaN.
+    """
+    x = clamp(x, np.float32(-(2.0**22)), np.float32(2.0**22))
+    k = x * TWO_OVER_PI + ROUND
+    n = k - ROUND
+    f = x - n * HALF_PI - n * HALF_PI_REST
+    q = f * f
+    cos = q * np.float32(2.4430663e-05) + np.float32(-1.3887301e-03)
+    cos = cos * q + np.float32(4.1666646e-02)
+    cos = cos * q + np.float32(-0.5)
+    cos = cos * q + np.float32(1.0)
+    sin = q * np.float32(-1.9495003e-04) + np.float32(8.3319778e-03)
+    sin = sin * q + np.float32(-1.6666651e-01)
+    sin = sin * q * f + f
+    return quarter_turns(cos, sin, k)
+
+
+@register_jitable
 def sigmoid(x: float) -> float:
     """1 / (1 + e^-x)."""
     return np.float32(1.0) / (np.float32(1.0) + exp(-x))
@@ -92,10 +117,10 @@ def softplus(x: float) -> float:
 
 @njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy", cache=True)
 def dot(a, b):
-    """Sum of a b; the compiler may choose the order (one for good, when it compiles), or it could not vectorise."""
+    """Real part of the sum of a b; the compiler may choose the order (once, as it compiles), or could not vectorise."""
     total = np.float32(0)
     for i in range(a.size):
-        total += a[i] * b[i]
+        total += (a[i] * b[i]).real
     return total
 
 
