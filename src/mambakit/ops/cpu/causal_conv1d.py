@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from mambakit.ops import conv_state
 from mambakit.ops.cpu.arrays import array, readable, rows, vector
@@ -89,8 +90,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    bias = ctx.saved_tensors[2]
-    dx, dweight, dbias, dpast = _backward(dy, *ctx.saved_tensors, ctx.silu)
+    saved = ctx.saved_tensors  # Once: activation checkpointing gives them out only once.
+    bias = saved[2]
+    dx, dweight, dbias, dpast = _backward(dy, *saved, ctx.silu)
     return dx, dweight, None if bias is None else dbias.to(bias.dtype), dpast, None, None
 
 
@@ -111,10 +113,7 @@ def _inputs(
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "mambakit::cpu_causal_conv1d_step", mutates_args=("conv_state",), device_types="cpu"
-)
-def _step(
+def _run_step(
     conv_state: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool
 ) -> Tensor:
     from mambakit.ops.cpu.kernels.causal_conv1d import step
@@ -129,6 +128,11 @@ def _step(
     return y.to(x.dtype)
 
 
+_step = torch.library.custom_op(
+    "mambakit::cpu_causal_conv1d_step", mutates_args=("conv_state",), device_types="cpu"
+)(_run_step)
+
+
 @_step.register_fake
 def _(conv_state, x, weight, bias, silu):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -138,5 +142,9 @@ def causal_conv1d_step(
     conv_state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
     """Arguments as in `mambakit.ops.causal_conv1d_step`."""
-    y: Tensor = _step(conv_state, x, weight, bias, activation == "silu")
-    return y
+    if torch.compiler.is_compiling():
+        y: Tensor = _step(conv_state, x, weight, bias, activation == "silu")
+        return y
+    # A step has no gradient, so it needs no operator, whose call takes longer than the kernel.
+    increment_version(conv_state)
+    return _run_step(conv_state, x, weight, bias, activation == "silu")
