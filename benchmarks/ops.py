@@ -15,24 +15,27 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from report import Measurement, environment, forward_and_backward, save
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from mambakit import ops
+from report import Measurement, environment, forward_and_backward, save
 
 BATCH, D_INNER, D_STATE, D_MODEL, VOCAB = 1, 1536, 16, 768, 50280
 BACKENDS = ("reference", "cpu")
 Case = tuple[Callable[..., tuple[Tensor, ...]], dict[str, Tensor]]
 
 
-def scan(seqlen: int) -> Case:
+def scan(seqlen: int, kind: torch.dtype = torch.float64) -> Case:
+    """With the initial A of the paper, complex if `kind` is: -(n + 1), or -1/2 + n i (S4D-Lin)."""
     normal = partial(torch.randn, dtype=torch.float64)
-    A = -torch.arange(1, D_STATE + 1, dtype=torch.float64).repeat(D_INNER, 1)
+    n = torch.arange(D_STATE, dtype=torch.float64).repeat(D_INNER, 1)
+    A = torch.complex(torch.full_like(n, -0.5), n) if kind.is_complex else -(n + 1)
     sequence, states = (BATCH, seqlen, D_INNER), (BATCH, seqlen, D_STATE)
+    weight = partial(torch.randn, states, dtype=kind)
     tensors = {
-        "x": normal(sequence), "dt": normal(sequence), "A": A, "B": normal(states), "C": normal(states),
+        "x": normal(sequence), "dt": normal(sequence), "A": A, "B": weight(), "C": weight(),
         "D": normal(D_INNER), "z": normal(sequence), "dt_bias": normal(D_INNER) - 4,
     }  # fmt: skip
     return partial(ops.selective_scan, dt_softplus=True), tensors
@@ -67,19 +70,29 @@ def loss(seqlen: int) -> Case:
 CASES: dict[str, tuple[Callable[[int], Case], int, int]] = {
     # name: (how to make it, length timed, elements counted per time step)
     "selective_scan": (scan, 2048, D_INNER),
+    "selective_scan (complex)": (partial(scan, kind=torch.complex128), 2048, D_INNER),
     "causal_conv1d": (conv, 2048, D_INNER),
     "add_rms_norm": (norm, 2048, D_MODEL),
     "linear_cross_entropy": (loss, 512, D_MODEL),
 }
 
 
+def leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy that collects a gradient, in the dtype or in its complex counterpart."""
+    wanted = dtype.to_complex() if tensor.is_complex() else dtype
+    return tensor.to(wanted, copy=True).requires_grad_()
+
+
 def results(case: Case, backend: str, dtype: torch.dtype) -> list[Tensor]:
     """Outputs and all gradients."""
     op, tensors = case
-    inputs = {k: v.to(dtype, copy=True).requires_grad_() for k, v in tensors.items()}
+    inputs = {k: leaf(v, dtype) for k, v in tensors.items()}
     outputs = op(**inputs, backend=backend)
     outputs[0].backward(torch.ones_like(outputs[0]))
-    return [*(o.detach() for o in outputs), *(i.grad for i in inputs.values() if i.grad is not None)]
+    return [
+        *(o.detach() for o in outputs),
+        *(i.grad for i in inputs.values() if i.grad is not None),
+    ]
 
 
 def worst_error(case: Case, backend: str) -> tuple[float, float]:
@@ -98,10 +111,10 @@ def timed(name: str, repeats: int) -> dict[str, dict[str, Measurement]]:
     """Seconds of forward and of backward for each backend."""
     make, seqlen, _ = CASES[name]
     op, tensors = make(seqlen)
-    inputs = {k: v.to(torch.float32, copy=True).requires_grad_() for k, v in tensors.items()}
+    inputs = {k: leaf(v, torch.float32) for k, v in tensors.items()}
     seconds = {}
     for backend in BACKENDS:
-        count = 2 if backend == "reference" and name == "selective_scan" else repeats
+        count = 2 if backend == "reference" and name.startswith("selective_scan") else repeats
         forward, backward = forward_and_backward(op, inputs, backend, count)
         seconds[backend] = {"forward": forward, "backward": backward}
     return seconds
@@ -117,7 +130,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 
-    table = Table("op", "pass", *(f"{b}\nMelem/s" for b in BACKENDS), "ratio", "error", "to reference's")
+    table = Table(
+        "op", "pass", *(f"{b}\nMelem/s" for b in BACKENDS), "ratio", "error", "to reference's"
+    )
     rows = []
     for name in arguments.only or CASES:
         make, seqlen, elements = CASES[name]
