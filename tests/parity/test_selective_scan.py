@@ -113,13 +113,20 @@ def test_real_beside_complex_A(real: str) -> None:
 
 
 def test_lazy_conjugates() -> None:
-    inputs = case(is_complex=True)
-    views = {k: v.conj() if v.is_complex() and k != "A" else v for k, v in inputs.items()}
-    copies = {k: v.resolve_conj() for k, v in views.items()}
+    inputs = case(is_complex=True, absent=("initial_state",))
+    views = {k: v.conj() if v is not None and v.is_complex() else v for k, v in inputs.items()}
+    copies = {k: v if v is None else v.resolve_conj() for k, v in views.items()}
     for ours, expected in zip(
         scan(**views, backend="cpu"), scan(**copies, backend="cpu"), strict=True
     ):
         assert torch.equal(ours, expected)
+    start = torch.randn(2, 40, 5, dtype=torch.complex64)
+    states = [start, start.clone()]
+    for state, tensors in zip(states, (views, copies), strict=True):
+        now = {k: v[:, 0] if v is not None and v.ndim == 3 else v for k, v in tensors.items()}
+        del now["initial_state"]
+        selective_scan_step(state, **now, backend="cpu")
+    assert torch.equal(*states)
 
 
 @pytest.mark.parametrize("angle", [1e-3, 1.0, 1e3, 6e3])

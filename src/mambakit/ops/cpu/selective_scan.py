@@ -220,7 +220,7 @@ def _of_one_kind(
     """All complex64 if A is complex, and C doubled, so that the kernels' Re(sum_n C h) is y; as they are if not."""
     if not A.is_complex():
         return A, B, C, state
-    A, B, C = (parameter.to(torch.complex64) for parameter in (A, B, C))
+    A, B, C = (parameter.to(torch.complex64).resolve_conj() for parameter in (A, B, C))
     return A, B, 2 * C, None if state is None else state.to(torch.complex64)
 
 
