@@ -196,4 +196,5 @@ def _mark_no_weight_decay(mixer: MambaMixer, *_: object) -> None:
 def _as_complex(pairs: Tensor) -> Tensor:
     """(..., 2) with re and im to complex; half precision becomes complex64."""
     wide = pairs.to(torch.promote_types(pairs.dtype, torch.float32))
-    return torch.view_as_complex(wide.contiguous())
+    # Not view_as_complex, which an odd dt_rank before B in x_proj's output puts off its alignment.
+    return torch.complex(wide[..., 0], wide[..., 1])

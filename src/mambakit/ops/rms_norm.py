@@ -33,8 +33,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "au
 
     Example:
         >>> import torch
-        >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2), eps=0.0) * (12.5 ** 0.5)
-        tensor([3.0000, 4.0000])
+        >>> rms_norm(torch.tensor([1.0, 7.0]), torch.ones(2), eps=0.0)  # the root mean square is 5
+        tensor([0.2000, 1.4000])
     """
     _check(x, weight)
     chosen = resolve_backend(backend, x.device, x.dtype)

@@ -237,3 +237,14 @@ def test_gradient_flows_through_the_state():
     _, state = mixer(hidden[:, :4])
     (cut,) = torch.autograd.grad(mixer(hidden[:, 4:], state.detach())[0].sum(), hidden)
     assert torch.equal(cut[:, :4], torch.zeros_like(cut[:, :4]))
+
+
+def test_a_complex_step_of_one_row_with_an_odd_rank() -> None:
+    """One row of the projection counts as contiguous, at whatever offset B begins in it."""
+    mixer = make_mixer(A_init="s4d-lin", dt_rank=3)
+    hidden = torch.randn(1, 2, 8)
+    with torch.no_grad():
+        expected, _ = mixer(hidden)
+        state = mixer.initial_state(1)
+        steps = [mixer.step(hidden[:, t], state) for t in range(2)]
+    torch.testing.assert_close(torch.stack(steps, dim=1), expected)

@@ -8,6 +8,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from mambakit.ops.cpu.arrays import array, readable, rows, vector
 from mambakit.ops.cpu.blocks import LANES, cut_channels, from_blocks, to_blocks
@@ -259,14 +260,15 @@ def selective_scan_step(
 ) -> Tensor:
     """Arguments as in `mambakit.ops.selective_scan_step`."""
     A, B, C, _ = _of_one_kind(A, B, C, None)
-    y: Tensor = _step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
-    return y
+    if torch.compiler.is_compiling():
+        y: Tensor = _step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        return y
+    # A step has no gradient, so it needs no operator, whose call takes longer than the kernel.
+    increment_version(ssm_state)
+    return _run_step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
-@torch.library.custom_op(
-    "mambakit::cpu_selective_scan_step", mutates_args=("ssm_state",), device_types="cpu"
-)
-def _step(
+def _run_step(
     ssm_state: Tensor,
     x: Tensor,
     dt: Tensor,
@@ -288,6 +290,11 @@ def _step(
         vector(D), None if z is None else array(readable(z)), vector(dt_bias), dt_softplus, array(y),
     )  # fmt: skip
     return y.to(x.dtype)
+
+
+_step = torch.library.custom_op(
+    "mambakit::cpu_selective_scan_step", mutates_args=("ssm_state",), device_types="cpu"
+)(_run_step)
 
 
 @_step.register_fake
