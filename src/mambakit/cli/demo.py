@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import sysconfig
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -130,8 +126,13 @@ def _prepare(out: Path) -> Path:
 
 def _plan(data: Path, out: Path, seconds: float) -> TrainConfig:
     """The run that fits into the time on this machine, in the faster precision."""
+    from mambakit.train.planning import seconds_per_step
+
     draft = draft_config(data, out)
-    speeds: dict[Precision, float] = {p: _step_seconds(draft, p) for p in get_args(Precision)}
+    speeds: dict[Precision, float] = {
+        precision: seconds_per_step(dataclasses.replace(draft, precision=precision))
+        for precision in get_args(Precision)
+    }
     precision = min(speeds, key=speeds.__getitem__)
     # Some of the time goes into validations and checkpoints.
     steps = max(5, int(0.93 * seconds / speeds[precision]))
@@ -143,26 +144,6 @@ def _plan(data: Path, out: Path, seconds: float) -> TrainConfig:
         valid_every=max(1, steps // 5),
         save_every=max(1, steps // 4),
     )
-
-
-def _step_seconds(config: TrainConfig, precision: Precision) -> float:
-    """Median time of a step in a short trial run."""
-    from mambakit.train import Callback, Trainer
-
-    times: list[float] = []
-
-    class Clock(Callback):
-        def on_step(self, trainer: Trainer, loss: float) -> None:
-            times.append(time.perf_counter())
-
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        trial = dataclasses.replace(
-            config, out=Path(scratch), precision=precision, steps=8, log_every=8, valid_tokens=1
-        )
-        if Trainer(trial, callbacks=[Clock()]).fit().signal is not None:
-            raise KeyboardInterrupt
-    # The first steps compile and warm up.
-    return statistics.median(b - a for a, b in pairwise(times[2:]))
 
 
 def _write_sample(run: Path) -> None:
