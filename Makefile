@@ -22,7 +22,7 @@ docs: .venv/installed-dev
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) .
+	$(PIP) -e .
 	touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt

@@ -7,14 +7,13 @@ import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from mambakit.cli.parsing import parse
 from mambakit.errors import ArgumentError, DataError
 from mambakit.generate.options import SamplingOptions
 from mambakit.models.config import MambaConfig
 from mambakit.train import run_folder
-from mambakit.train.config import Precision, TrainConfig, read_toml
+from mambakit.train.config import TrainConfig, read_toml
 
 # All there is to tune: here, and in `draft_config`.
 PROMPT = "def "
@@ -60,7 +59,7 @@ class Demo:
     Nothing is downloaded. Ctrl-C saves and stops; the same command goes on from there.
     """
 
-    minutes: float = 4.0
+    minutes: float = 3.5
     """Time to train; the number of steps is planned from the speed of this machine."""
     out: Path = Path("runs/demo")
     """Run folder."""
@@ -125,21 +124,15 @@ def _prepare(out: Path) -> Path:
 
 
 def _plan(data: Path, out: Path, seconds: float) -> TrainConfig:
-    """The run that fits into the time on this machine, in the faster precision."""
+    """The run that fits into the time on this machine."""
     from mambakit.train.planning import seconds_per_step
 
     draft = draft_config(data, out)
-    speeds: dict[Precision, float] = {
-        precision: seconds_per_step(dataclasses.replace(draft, precision=precision))
-        for precision in get_args(Precision)
-    }
-    precision = min(speeds, key=speeds.__getitem__)
     # Some of the time goes into validations and checkpoints.
-    steps = max(5, int(0.93 * seconds / speeds[precision]))
+    steps = max(5, int(0.9 * seconds / seconds_per_step(draft)))
     return dataclasses.replace(
         draft,
         steps=steps,
-        precision=precision,
         log_every=max(1, steps // 100),
         valid_every=max(1, steps // 5),
         save_every=max(1, steps // 4),

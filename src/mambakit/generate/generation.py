@@ -60,8 +60,8 @@ def stream(
     """Continue each prompt, giving out every token as it comes.
 
     Each prompt is read alone, then all are continued together; those that have ended leave the
-    batch. A prompt is continued as it would be alone with the same seed, up to the rounding of
-    sums, which may depend on the size of the batch.
+    batch. On the CPU a prompt is continued, token for token, as it would be alone with the same
+    seed; on an accelerator up to the rounding of sums, which may depend on the size of the batch.
 
     Args:
         model: The model.

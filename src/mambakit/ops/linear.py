@@ -23,7 +23,7 @@ def linear_step(
         weight: (O, K), in the dtype of x.
         bias: (O,), in the dtype of x. Default: none.
         backend: "auto", "cpu" or "reference". "auto" takes the compiled kernel where it is faster
-            than PyTorch: on the CPU, in float32, for at most 8 rows; not within autocast and
+            than PyTorch: on the CPU, in float32 and bfloat16; not within autocast and
             `torch.compile`, and not where a gradient is asked for, of which it has none.
 
     Returns:

@@ -9,6 +9,7 @@ from mambakit.cli import demo
 from mambakit.cli.main import main
 from mambakit.errors import DataError
 from mambakit.models.config import MambaConfig
+from mambakit.train import planning
 from mambakit.train.config import TrainConfig, read_toml
 from mambakit.train.metrics import read_log
 
@@ -50,12 +51,12 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_it_trains_writes_and_says_what_is_there(
     tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "_step_seconds", lambda config, precision: 0.5)
+    monkeypatch.setattr(planning, "seconds_per_step", lambda config: 0.5)
     assert main(["demo", "--out", str(tiny), "--minutes", "0.1"]) == 0
     out = capsys.readouterr().out
     assert "\ndef " in out
     config = TrainConfig.from_dict(read_toml(tiny / "config.toml"))
-    assert config.steps == 11  # 0.93 of 6 seconds in steps of 0.5.
+    assert config.steps == 10  # 0.9 of 6 seconds in steps of 0.5.
     for name in ("config.toml", "log.jsonl", "loss.png", "tensorboard", "checkpoints"):
         assert str(tiny / name) in out
         assert (tiny / name).exists()
@@ -65,7 +66,7 @@ def test_it_trains_writes_and_says_what_is_there(
 def test_again_it_goes_on_with_the_same_plan(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "_step_seconds", lambda config, precision: 0.5)
+    monkeypatch.setattr(planning, "seconds_per_step", lambda config: 0.5)
     assert main(["demo", "--out", str(tiny), "--minutes", "0.1"]) == 0
     log = read_log(tiny / "log.jsonl")
     monkeypatch.setattr(demo, "_plan", None)
@@ -73,14 +74,7 @@ def test_again_it_goes_on_with_the_same_plan(
     assert read_log(tiny / "log.jsonl") == log
 
 
-def test_the_faster_precision_is_taken(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"float32": 2.0, "bfloat16": 1.0}
-    monkeypatch.setattr(demo, "_step_seconds", lambda config, precision: seconds[precision])
-    config = demo._plan(tiny / "tokens", tiny, 100.0)
-    assert (config.precision, config.steps) == ("bfloat16", 93)
-
-
 def test_a_step_is_measured_by_taking_some(tiny: Path) -> None:
     data = demo._prepare(tiny)
-    assert 0 < demo._step_seconds(demo.draft_config(data, tiny), "float32") < 10
+    assert 0 < planning.seconds_per_step(demo.draft_config(data, tiny)) < 10
     assert [path.name for path in tiny.iterdir()] == ["tokens"]

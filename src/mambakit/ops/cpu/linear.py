@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mambakit.ops.cpu.arrays import array
+from mambakit.ops.cpu.arrays import array, vector
 from mambakit.ops.cpu.threads import run
 
-MOST_ROWS = 8
-"""With more rows the products, not the reading of the matrix, take the time: that is PyTorch's."""
+DTYPES = (torch.float32, torch.bfloat16)
 
 SMALL = 2**18
 """A matrix of fewer numbers is multiplied before a second thread would have started."""
@@ -17,10 +16,8 @@ SMALL = 2**18
 
 def unsuitable(x: Tensor, weight: Tensor) -> str | None:
     """Why PyTorch should compute this product; None if the kernel should."""
-    if x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return f"it is in {x.dtype} and {weight.dtype}; use float32"
-    if x.shape[0] > MOST_ROWS:
-        return f"it has {x.shape[0]} rows; use at most {MOST_ROWS}"
+    if x.dtype not in DTYPES or weight.dtype not in DTYPES:
+        return f"it is in {x.dtype} and {weight.dtype}; use float32 or bfloat16"
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return "it has no gradient; call it under torch.no_grad()"
     if torch.is_autocast_enabled("cpu"):
@@ -32,8 +29,8 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Arguments as in `mambakit.ops.linear.linear_step`."""
     from mambakit.ops.cpu.kernels.linear import multiply
 
-    y = torch.empty(x.shape[0], weight.shape[0])
-    arrays = array(x.contiguous()), array(weight.contiguous()), array(bias), array(y)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    arrays = array(x.contiguous()), array(weight.contiguous()), vector(bias), array(y)
     if weight.numel() < SMALL:
         multiply(0, weight.shape[0], *arrays)
     else:

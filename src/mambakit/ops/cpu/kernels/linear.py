@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from mambakit.ops.cpu.kernels.simd import dot, kernel
+from mambakit.ops.cpu.kernels.simd import dot, kernel, store
 
 
 @kernel
 def multiply(first, last, x, weight, bias, y):
-    """Y = x weight^T + bias: x (B, K), weight (O, K), bias (O,) or None, y (B, O).
+    """Y = x weight^T + bias: x (B, K), weight (O, K), y (B, O), float32 or bfloat16; bias (O,) or None.
 
     A row of the matrix meets all rows of x while it is in the cache.
     """
@@ -17,4 +17,4 @@ def multiply(first, last, x, weight, bias, y):
             total = dot(weight_row, x[b])
             if bias is not None:
                 total += bias[o]
-            y[b, o] = total
+            store(y[b], o, total)

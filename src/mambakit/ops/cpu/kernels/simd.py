@@ -101,7 +101,7 @@ def sigmoid(x: float) -> float:
 def softplus(x: float) -> float:
     """ln(1 + e^x) = max(x, 0) + ln(1 + w) with w = e^-|x|, to a few ulp also where it is tiny.
 
-    ln(1 + w) = 2 artanh(s) with s = w / (2 + w) <= 1/3: a polynomial in s^2.
+    ln(1 + w) = 2 artanh(s) with s = w / (2 + w) <= 1/3: 2 s, and a small rest with a polynomial in s^2.
     """
     w = exp(-abs(x))
     s = w / (np.float32(2.0) + w)
@@ -110,9 +110,9 @@ def softplus(x: float) -> float:
     p = p * q + np.float32(1.39803022e-01)
     p = p * q + np.float32(2.00124547e-01)
     p = p * q + np.float32(3.33331585e-01)
-    p = p * q + np.float32(1.0)
     positive = x if x > np.float32(0.0) else np.float32(0.0)
-    return positive + np.float32(2.0) * s * p
+    twice = s + s
+    return positive + (p * q * twice + twice)
 
 
 @njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy", cache=True)
@@ -120,7 +120,7 @@ def dot(a, b):
     """Real part of the sum of a b; the compiler may choose the order (once, as it compiles), or could not vectorise."""
     total = np.float32(0)
     for i in range(a.size):
-        total += (a[i] * b[i]).real
+        total += (load(a, i) * load(b, i)).real
     return total
 
 
