@@ -16,9 +16,9 @@ from mambakit.train import run_folder
 from mambakit.train.config import TrainConfig, read_toml
 
 # All there is to tune: here, and in `draft_config`.
-PROMPT = "def "
+PROMPT = "class "
 SAMPLE_TOKENS = 600
-SAMPLING = SamplingOptions(temperature=0.6, top_p=0.95)
+SAMPLING = SamplingOptions(temperature=0.8, top_p=0.95)
 
 
 def draft_config(data: Path, out: Path) -> TrainConfig:
@@ -170,7 +170,7 @@ def _say_what_is_there(run: Path) -> None:
     ):
         print(f"{what:<12} {place}")
     print("next:")
-    print(f'  mambakit generate --checkpoint {run} --prompt "class "')
+    print(f'  mambakit generate --checkpoint {run} --prompt "def "')
     print(f"  mambakit evaluate --checkpoint {run} {run / 'tokens'}")
     print("  mambakit prepare YOUR-TEXT --out data")
     print("  mambakit train --data data --out runs/mine --d-model 256 --n-layer 6")

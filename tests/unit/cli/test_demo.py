@@ -54,7 +54,7 @@ def test_it_trains_writes_and_says_what_is_there(
     monkeypatch.setattr(planning, "seconds_per_step", lambda config: 0.5)
     assert main(["demo", "--out", str(tiny), "--minutes", "0.1"]) == 0
     out = capsys.readouterr().out
-    assert "\ndef " in out
+    assert "\nclass " in out
     config = TrainConfig.from_dict(read_toml(tiny / "config.toml"))
     assert config.steps == 10  # 0.9 of 6 seconds in steps of 0.5.
     for name in ("config.toml", "log.jsonl", "loss.png", "tensorboard", "checkpoints"):
