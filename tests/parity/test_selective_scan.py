@@ -147,7 +147,8 @@ def test_rotations(angle: float) -> None:
 
 @pytest.mark.parametrize("seqlen", [1, 15, 16, 63, 127, 257])
 def test_lengths(seqlen: int, is_complex: bool) -> None:
-    assert_accurate(scan, case(1, seqlen, 24, 3, is_complex=is_complex), "cpu")
+    # Enough channels that the two errors, which are random, can be compared.
+    assert_accurate(scan, case(3, seqlen, 64, 3, is_complex=is_complex), "cpu")
 
 
 @pytest.mark.slow

@@ -41,7 +41,8 @@ def test_round_trip(tmp_path, fields):
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert loaded.backbone.layers[0].mixer.A_log._no_weight_decay
     tokens = torch.tensor([[1, 2, 3]])
-    assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+    # The same weights at other addresses: a matrix product may add in another order.
+    torch.testing.assert_close(loaded(tokens)[0], model(tokens)[0])
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
         "config.json", "model.safetensors",
     ]  # fmt: skip
