@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,3 +48,13 @@ def test_a_second_process_does_not_compile() -> None:
     subprocess.run(run, check=True, capture_output=True)
     second = subprocess.run(run, check=True, capture_output=True, text=True)
     assert second.stdout.split() == ["1", "0"]
+
+
+def test_the_cache_notices_a_change_in_a_neighbouring_file() -> None:
+    """The name of a cached kernel holds a digest of all kernel sources."""
+    from mambakit.ops.cpu.kernels import rms_norm as kernels
+    from mambakit.ops.cpu.kernels.simd import _digest_of_sources
+
+    rms_norm(torch.ones(2, 3), torch.ones(3), backend="cpu")
+    names = [path.name for path in Path(kernels.forward.stats.cache_path).glob("rms_norm.forward*")]
+    assert any(_digest_of_sources() in name for name in names)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +28,21 @@ ROUND = np.float32(1.5 * 2**23)
 _I16, _I32 = ir.IntType(16), ir.IntType(32)
 
 
+def _digest_of_sources() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
+
+
+_DIGEST = _digest_of_sources()
+
+
 def kernel(function: Any) -> Any:
-    """Compile without the GIL, a*b+c contracted to one rounding, the machine code cached on disk."""
+    """Compile without the GIL, a*b+c contracted to one rounding, the machine code cached on disk.
+
+    Numba looks for a change only in the file of the function itself, but the code of its neighbours is compiled into
+    it. So their digest is part of the name under which it is cached.
+    """
+    function.__qualname__ += f"_{_DIGEST}"
     return njit(function, nogil=True, fastmath={"contract"}, error_model="numpy", cache=True)
 
 
