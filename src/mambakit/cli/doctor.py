@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PACKAGES = (
     "torch",
     "numba",
+    "cuda-core",
+    "cuda-bindings",
     "numpy",
     "safetensors",
     "tokenizers",
@@ -95,8 +97,10 @@ def _caches() -> Iterator[tuple[str, str]]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from mambakit.ops.cpu.kernels import selective_scan
+    from mambakit.ops.cuda import binaries
 
     yield "kernel cache", _access(Path(selective_scan.forward.stats.cache_path))
+    yield "cuda cache", _access(binaries.folder())
     yield "hub cache", _access(Path(HF_HUB_CACHE))
 
 

@@ -1,6 +1,7 @@
 """The mathematics: one public function per operation, one folder per backend.
 
-`reference` is the definition (plain PyTorch, any float dtype, differentiable twice); `cpu` is compiled with Numba.
+`reference` is the definition (plain PyTorch, any float dtype, differentiable twice); `cpu` is compiled with Numba;
+`cuda` is CUDA C++ compiled at run time.
 Every function takes `backend="auto"`; see `mambakit.ops.dispatch`.
 """
 

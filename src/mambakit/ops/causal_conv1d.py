@@ -13,9 +13,7 @@ from mambakit.ops.checks import (
     check_rank,
     check_shape,
 )
-from mambakit.ops.cpu import causal_conv1d as cpu
-from mambakit.ops.dispatch import resolve_backend
-from mambakit.ops.reference import causal_conv1d as reference
+from mambakit.ops.dispatch import implementation
 
 
 def causal_conv1d(
@@ -40,7 +38,7 @@ def causal_conv1d(
         initial_state: The W - 1 inputs before position 0, oldest first, (B, D, W-1). Default: zeros.
         seq_idx: Document number of each position, (B, L), int32 or int64. Inputs of earlier documents count as zero;
             `initial_state` belongs to the document of position 0.
-        backend: "auto", "cpu" or "reference"; see `mambakit.ops.dispatch`.
+        backend: "auto", "cuda", "cpu" or "reference"; see `mambakit.ops.dispatch`.
 
     Returns:
         y, (B, L, D), and the last W - 1 inputs, (B, D, W-1), zero where they belong to an earlier document than the
@@ -69,9 +67,9 @@ def causal_conv1d(
     check_float(initial_state=initial_state)
     check_integer(seq_idx=seq_idx)
     check_device(x, initial_state=initial_state, seq_idx=seq_idx)
-    chosen = resolve_backend(backend, x.device, x.dtype)
-    run = cpu.causal_conv1d if chosen == "cpu" else reference.causal_conv1d
-    return run(x, weight, bias, activation, initial_state, seq_idx)
+    run = implementation("causal_conv1d", backend, x.device, x.dtype)
+    y, state = run(x, weight, bias, activation, initial_state, seq_idx)
+    return y, state
 
 
 def causal_conv1d_step(
@@ -91,7 +89,7 @@ def causal_conv1d_step(
         weight: Filters, (D, W).
         bias: (D,). Default: none.
         activation: None or "silu".
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cuda", "cpu" or "reference".
 
     Returns:
         y, (B, D), in the dtype of x.
@@ -115,9 +113,9 @@ def causal_conv1d_step(
     check_shape("conv_state", conv_state, (batch, channels, width - 1), letters="(B, D, W-1)")
     check_device(x, conv_state=conv_state)
     check_in_place("conv_state", conv_state, x.dtype, x, weight, bias)
-    chosen = resolve_backend(backend, x.device, x.dtype)
-    run = cpu.causal_conv1d_step if chosen == "cpu" else reference.causal_conv1d_step
-    return run(conv_state, x, weight, bias, activation)
+    run = implementation("causal_conv1d_step", backend, x.device, x.dtype)
+    y: Tensor = run(conv_state, x, weight, bias, activation)
+    return y
 
 
 def _check_filter(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> int:

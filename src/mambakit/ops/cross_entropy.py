@@ -7,9 +7,7 @@ from torch import Tensor
 
 from mambakit.errors import ArgumentError
 from mambakit.ops.checks import check_device, check_float, check_integer, check_rank, check_shape
-from mambakit.ops.cpu import cross_entropy as cpu
-from mambakit.ops.dispatch import resolve_backend
-from mambakit.ops.reference import cross_entropy as reference
+from mambakit.ops.dispatch import implementation
 
 
 def linear_cross_entropy(
@@ -31,7 +29,7 @@ def linear_cross_entropy(
         weight: (V, M).
         targets: Class of each row, (...), int32 or int64, in [0, V), or `ignore_index`.
         ignore_index: Rows with this target do not count.
-        backend: "auto", "cpu" or "reference"; see `mambakit.ops.dispatch`.
+        backend: "auto", "cuda", "cpu" or "reference"; see `mambakit.ops.dispatch`.
 
     Returns:
         The loss in nats, a float32 scalar (float64 for float64 hidden); nan if no target counts.
@@ -60,9 +58,9 @@ def linear_cross_entropy(
         _check_targets(targets, vocab, ignore_index)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    chosen = resolve_backend(backend, hidden.device, hidden.dtype)
-    run = cpu.linear_cross_entropy if chosen == "cpu" else reference.linear_cross_entropy
-    return run(hidden, weight, targets.long(), ignore_index)
+    run = implementation("linear_cross_entropy", backend, hidden.device, hidden.dtype)
+    loss: Tensor = run(hidden, weight, targets.long(), ignore_index)
+    return loss
 
 
 def _check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:

@@ -6,19 +6,24 @@ of `BACKENDS` that can, and `explain` tells which and why (`mambakit doctor` pri
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from mambakit.errors import BackendError
+from mambakit.ops import cpu, cuda, reference
 
-Backend = Literal["auto", "reference", "cpu"]
+Backend = Literal["auto", "reference", "cpu", "cuda"]
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "cuda", "reference")
 """In order of preference."""
 
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
+_FOLDERS: dict[str, Any] = {"cpu": cpu, "cuda": cuda, "reference": reference}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
+"""Of the compiled kernels, on the CPU and on the GPU."""
 
 
 class Choice(NamedTuple):
@@ -28,18 +33,73 @@ class Choice(NamedTuple):
     unavailable: str | None
 
 
+def implementation(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype
+) -> Callable[..., Any]:
+    """The function of the backend that will run an op; its arguments are those of the public one, by position.
+
+    Args:
+        op: Name of the op.
+        backend: What the caller asked for.
+        device: Of the tensors.
+        dtype: In which the kernels read or compute.
+
+    Raises:
+        BackendError: As `resolve_backend`.
+    """
+    folder = _FOLDERS[resolve_backend(backend, device, dtype)]
+    function: Callable[..., Any] = getattr(getattr(folder, folder.FILES[op]), op)
+    return function
+
+
 def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run on tensors of this device and dtype; None if it can."""
     if backend == "reference":
         return None
-    if device.type != "cpu":
-        return f"the tensors are on {device}; move them with .cpu(), or use backend='reference'"
-    if dtype not in CPU_DTYPES:
+    if backend != device.type:
+        if backend == "cuda" and not torch.cuda.is_available():
+            return "PyTorch finds no NVIDIA GPU; use backend='cpu' or 'reference'"
+        return (
+            f"the tensors are on {device}; move them with .{backend}(), or use backend='reference'"
+        )
+    if dtype not in DTYPES:
         remedy = "complex64" if dtype.is_complex else "float32"
         return f"no compiled kernel for {dtype}; use {remedy}, or backend='reference'"
-    if importlib.util.find_spec("numba") is None:
-        return "the package numba is not installed; pip install numba"
+    if backend == "cpu":
+        if importlib.util.find_spec("numba") is None:
+            return "the package numba is not installed; pip install numba"
+        return None
+    if torch.compiler.is_compiling():  # Dynamo looks through caches, and complains.
+        return _gpu_unavailable(device)
+    return _gpu_unavailable_cached(device)
+
+
+def _gpu_unavailable(device: torch.device) -> str | None:
+    """Why no kernel of ours runs on this GPU."""
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} was built without CUDA; use backend='reference'"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no NVIDIA GPU; use backend='cpu' or 'reference'"
+    gpu = torch.cuda.get_device_properties(device)
+    if gpu.major < 8:
+        return (
+            f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, and the kernels need 8.0 or higher; "
+            "use backend='reference'"
+        )
+    if not _has_cuda_core():
+        return "the package cuda-core is not installed; pip install cuda-core"
     return None
+
+
+_gpu_unavailable_cached = functools.lru_cache(maxsize=None)(_gpu_unavailable)
+
+
+def _has_cuda_core() -> bool:
+    # find_spec of a module in a package imports the package, and raises if there is none.
+    return (
+        importlib.util.find_spec("cuda") is not None
+        and importlib.util.find_spec("cuda.core") is not None
+    )
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -22,9 +22,10 @@ def linear_step(
         x: Input, (B, K), any float dtype.
         weight: (O, K), in the dtype of x.
         bias: (O,), in the dtype of x. Default: none.
-        backend: "auto", "cpu" or "reference". "auto" takes the compiled kernel where it is faster
-            than PyTorch: on the CPU, in float32 and bfloat16; not within autocast and
-            `torch.compile`, and not where a gradient is asked for, of which it has none.
+        backend: "auto", "cuda", "cpu" or "reference". "auto" takes the compiled kernel where it is
+            faster than PyTorch: on the CPU, in float32 and bfloat16; not within autocast and
+            `torch.compile`, and not where a gradient is asked for, of which it has none. On a GPU
+            the product is PyTorch's (cuBLAS), with "cuda" too.
 
     Returns:
         y, (B, O), in the dtype of x.

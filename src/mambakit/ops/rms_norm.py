@@ -5,9 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mambakit.ops.checks import check_device, check_float, check_shape
-from mambakit.ops.cpu import rms_norm as cpu
-from mambakit.ops.dispatch import resolve_backend
-from mambakit.ops.reference import rms_norm as reference
+from mambakit.ops.dispatch import implementation
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "auto") -> Tensor:
@@ -19,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "au
         x: Input, (..., M), any float dtype.
         weight: (M,).
         eps: Added to the mean square.
-        backend: "auto", "cpu" or "reference"; see `mambakit.ops.dispatch`.
+        backend: "auto", "cuda", "cpu" or "reference"; see `mambakit.ops.dispatch`.
 
     Returns:
         y, (..., M), in the dtype of x.
@@ -37,9 +35,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "au
         tensor([0.2000, 1.4000])
     """
     _check(x, weight)
-    chosen = resolve_backend(backend, x.device, x.dtype)
-    run = cpu.rms_norm if chosen == "cpu" else reference.rms_norm
-    return run(x, weight, eps)
+    run = implementation("rms_norm", backend, x.device, x.dtype)
+    y: Tensor = run(x, weight, eps)
+    return y
 
 
 def add_rms_norm(
@@ -54,7 +52,7 @@ def add_rms_norm(
         residual: The residual stream, shaped like x; it may be float32 while x is bfloat16.
         weight: (M,).
         eps: Added to the mean square.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cuda", "cpu" or "reference".
 
     Returns:
         y in the dtype of x; and the new residual stream in the dtype of the old one. The norm is taken of the sum
@@ -76,9 +74,10 @@ def add_rms_norm(
     check_shape("residual", residual, x.shape, letters="the shape of x")
     check_float(residual=residual)
     check_device(x, residual=residual)
-    chosen = resolve_backend(backend, x.device, residual.dtype if x.dtype.itemsize < 8 else x.dtype)
-    run = cpu.add_rms_norm if chosen == "cpu" else reference.add_rms_norm
-    return run(x, residual, weight, eps)
+    dtype = residual.dtype if x.dtype.itemsize < 8 else x.dtype
+    run = implementation("add_rms_norm", backend, x.device, dtype)
+    y, total = run(x, residual, weight, eps)
+    return y, total
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

@@ -14,9 +14,7 @@ from mambakit.ops.checks import (
     check_rank,
     check_shape,
 )
-from mambakit.ops.cpu import selective_scan as cpu
-from mambakit.ops.dispatch import resolve_backend
-from mambakit.ops.reference import selective_scan as reference
+from mambakit.ops.dispatch import implementation
 
 
 def selective_scan(
@@ -57,7 +55,7 @@ def selective_scan(
         initial_state: State before step 0, (B, D, N), float32 (complex64 for complex A). Default: zeros.
         seq_idx: Document number of each position, (B, L), int32 or int64. Where it changes, the state
             starts afresh from zero; `initial_state` belongs to the document of position 0.
-        backend: "auto", "cpu" or "reference"; see `mambakit.ops.dispatch`.
+        backend: "auto", "cuda", "cpu" or "reference"; see `mambakit.ops.dispatch`.
 
     Returns:
         y, (B, L, D), in the dtype of x; and the final state, (B, D, N), float32 (complex64; float64 for float64 x).
@@ -80,9 +78,9 @@ def selective_scan(
         tensor([1.0000, 1.5000, 1.7500])
     """
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-    chosen = resolve_backend(backend, x.device, _kernel_dtype(x, A))
-    run = cpu.selective_scan if chosen == "cpu" else reference.selective_scan
-    return run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx)
+    run = implementation("selective_scan", backend, x.device, _kernel_dtype(x, A))
+    y, state = run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx)
+    return y, state
 
 
 def selective_scan_step(
@@ -112,7 +110,7 @@ def selective_scan_step(
         z: Gate, (B, D).
         dt_bias: Added to dt, (D,).
         dt_softplus: Whether softplus is applied to dt (+ dt_bias).
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cuda", "cpu" or "reference".
 
     Returns:
         y, (B, D), in the dtype of x.
@@ -132,9 +130,10 @@ def selective_scan_step(
         1.5
     """
     _check_step(ssm_state, x, dt, A, B, C, D, z, dt_bias)
-    chosen = resolve_backend(backend, x.device, _kernel_dtype(x, A))
-    run = cpu.selective_scan_step if chosen == "cpu" else reference.selective_scan_step
-    return run(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    dtype = _kernel_dtype(x, A)
+    run = implementation("selective_scan_step", backend, x.device, dtype)
+    y: Tensor = run(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    return y
 
 
 def _state_dtype(x: Tensor, A: Tensor) -> torch.dtype:

@@ -1,13 +1,15 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from mambakit import ops
 from mambakit.errors import BackendError
-from mambakit.ops import rms_norm
-from mambakit.ops.dispatch import explain, resolve_backend
+from mambakit.ops import cpu, cuda, dispatch, reference, rms_norm
+from mambakit.ops.dispatch import explain, resolve_backend, unavailable
 
 CPU = torch.device("cpu")
 
@@ -30,9 +32,43 @@ def test_a_named_backend_runs_or_says_why_not() -> None:
 
 def test_explain_gives_a_reason_for_each_that_cannot() -> None:
     choices = explain(CPU, torch.float64)
-    assert [c.backend for c in choices] == ["cpu", "reference"]
+    assert [c.backend for c in choices] == ["cpu", "cuda", "reference"]
     assert "float64" in choices[0].unavailable
-    assert choices[1].unavailable is None
+    assert choices[1].unavailable is not None
+    assert choices[2].unavailable is None
+
+
+class Gpu(NamedTuple):
+    name: str
+    major: int
+    minor: int
+
+
+def test_why_cuda_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that claims to have a GPU: each reason in turn, then none."""
+    gpu, float32 = torch.device("cuda", 0), torch.float32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "finds no NVIDIA GPU" in unavailable("cuda", CPU, float32)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in dispatch._gpu_unavailable(gpu)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "finds no NVIDIA GPU" in dispatch._gpu_unavailable(gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "the tensors are on cpu; move them with .cuda()" in unavailable("cuda", CPU, float32)
+    assert "the tensors are on cuda:0" in unavailable("cpu", gpu, float32)
+    assert "use complex64" in unavailable("cuda", gpu, torch.complex128)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Gpu("Old", 7, 5))
+    assert "Old has compute capability 7.5" in dispatch._gpu_unavailable(gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Gpu("New", 9, 0))
+    monkeypatch.setattr(dispatch, "_has_cuda_core", lambda: False)
+    assert "pip install cuda-core" in dispatch._gpu_unavailable(gpu)
+    monkeypatch.setattr(dispatch, "_has_cuda_core", lambda: True)
+    assert dispatch._gpu_unavailable(gpu) is None
+
+
+def test_every_backend_has_every_op() -> None:
+    for folder in (cpu, cuda, reference):
+        assert set(ops.__all__) <= set(folder.FILES)
 
 
 def test_a_second_process_does_not_compile() -> None:

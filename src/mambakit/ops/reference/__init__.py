@@ -1,1 +1,24 @@
 """The definition of every op in plain PyTorch: any device, any float dtype, differentiable twice."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+FILES = {
+    "add_rms_norm": "rms_norm",
+    "causal_conv1d": "causal_conv1d",
+    "causal_conv1d_step": "causal_conv1d",
+    "linear_cross_entropy": "cross_entropy",
+    "linear_step": "linear",
+    "rms_norm": "rms_norm",
+    "selective_scan": "selective_scan",
+    "selective_scan_step": "selective_scan",
+}
+"""The file of each op; imported when first asked for."""
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in FILES.values():
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,146 @@
+"""Loading a binary into the driver, and launching its kernels on PyTorch's current stream."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from ctypes import c_float, c_int32
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambakit.errors import BackendError
+
+DEFAULT_SHARED = 48 * 1024
+"""Bytes of shared memory that a block gets without asking."""
+
+_thread = threading.local()
+
+
+class Kernel:
+    """A kernel on one device. Calling it launches it on the stream that is current there, and returns at once."""
+
+    def __init__(self, function: Any, name: str, index: int) -> None:
+        from cuda.core import launch
+
+        self._function, self._launch = function, launch
+        self._index, self._shared = index, DEFAULT_SHARED
+        self.name = name
+
+    def __call__(
+        self, grid: int | tuple[int, ...], block: int, *args: object, shared: int = 0
+    ) -> None:
+        """Launch.
+
+        Args:
+            grid: Blocks, in one to three dimensions; none at all if one of them is zero.
+            block: Threads in a block.
+            args: Tensors (their address), None (the null pointer), int (`long long`), float (`float`), bool (`int`).
+            shared: Bytes of dynamic shared memory.
+        """
+        if grid == 0 or (isinstance(grid, tuple) and 0 in grid):
+            return
+        if torch.cuda.current_device() != self._index:
+            with torch.cuda.device(self._index):
+                self(grid, block, *args, shared=shared)
+            return
+        if self._index not in _bound_devices():
+            _bind(self._index)
+        if shared > self._shared:
+            self._allow(shared)
+        stream = _stream(self._index, torch._C._cuda_getCurrentRawStream(self._index))
+        self._launch(stream, _config(grid, block, shared), self._function, *map(_argument, args))
+
+    def _allow(self, shared: int) -> None:
+        from cuda.bindings import driver
+
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        handle = driver.CUkernel(int(self._function.handle))
+        (status,) = driver.cuKernelSetAttribute(
+            attribute, shared, handle, driver.CUdevice(self._index)
+        )
+        assert int(status) == 0, f"{self.name}: {shared} bytes of shared memory: {status}"
+        self._shared = shared
+
+
+def loaded(binary: bytes, name: str, index: int) -> Kernel:
+    """Load a binary on a device and find a kernel in it.
+
+    Raises:
+        BackendError: The driver does not take the binary.
+    """
+    from cuda.core import ObjectCode
+
+    make = ObjectCode.from_cubin if binary[:4] == b"\x7fELF" else ObjectCode.from_ptx
+    with torch.cuda.device(index), _outside_of_capture():
+        _bind(index)
+        try:
+            function = make(binary).get_kernel(name)
+            # Asking for anything loads the code now: CUDA loads lazily, which a stream capture may forbid.
+            assert function.attributes.num_regs > 0
+        except Exception as error:
+            raise BackendError(
+                f"the NVIDIA driver cannot load {name} ({error}); update the driver, or use backend='reference'"
+            ) from error
+    return Kernel(function, name, index)
+
+
+def _argument(value: object) -> object:
+    """A value as cuda.core wants it: it takes int as an address or `long long`."""
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if value is None:
+        return 0
+    if isinstance(value, float):
+        return c_float(value)
+    return c_int32(value) if isinstance(value, bool) else value
+
+
+@functools.lru_cache(maxsize=4096)
+def _config(grid: int | tuple[int, ...], block: int, shared: int) -> Any:
+    from cuda.core import LaunchConfig
+
+    return LaunchConfig(grid=grid, block=block, shmem_size=shared)
+
+
+@functools.lru_cache(maxsize=256)
+def _stream(index: int, handle: int) -> Any:
+    from cuda.core import LEGACY_DEFAULT_STREAM, Stream
+
+    return Stream.from_handle(handle) if handle else LEGACY_DEFAULT_STREAM
+
+
+def _bound_devices() -> set[int]:
+    """The devices whose context this thread has had current."""
+    try:
+        devices: set[int] = _thread.devices
+    except AttributeError:
+        devices = _thread.devices = set()
+    return devices
+
+
+def _bind(index: int) -> None:
+    """Make PyTorch's context current in a thread that has none yet; the runtime does so only at its first own call."""
+    from cuda.bindings import driver
+    from cuda.core import Device
+
+    _, context = driver.cuCtxGetCurrent()
+    if int(context) == 0:
+        Device(index).set_current()
+    _bound_devices().add(index)
+
+
+@contextlib.contextmanager
+def _outside_of_capture() -> Iterator[None]:
+    """Let this thread load code while it captures a graph, as PyTorch's allocator does to allocate."""
+    from cuda.bindings import driver
+
+    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    _, before = driver.cuThreadExchangeStreamCaptureMode(relaxed)
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(before)
