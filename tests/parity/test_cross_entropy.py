@@ -1,54 +1,79 @@
+import importlib
 from functools import partial
 
 import pytest
 import torch
-from accuracy import assert_accurate, widen
+from accuracy import Tensors, assert_accurate, device_of, widen
 from torch.nn.functional import cross_entropy
 
 from mambakit.ops import linear_cross_entropy
-from mambakit.ops.cpu import cross_entropy as cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BACKENDS = ["cpu", "reference", pytest.param("cuda", marks=pytest.mark.gpu)]
+DRAWS = 30
+"""The loss is one number, whose error is chance."""
+
+
+def case(rows: tuple[int, ...], vocab: int, width: int, dtype: torch.dtype) -> Tensors:
+    return {
+        "hidden": torch.randn(*rows, width).to(dtype),
+        "weight": torch.randn(vocab, width) / width**0.5,
+        "targets": torch.randint(0, vocab, rows),
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block", [1, 7, 1000], ids=lambda rows: f"{rows} rows a block")
-def test_parity(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block: int) -> None:
-    monkeypatch.setattr(cpu, "LOGITS_BYTES", 4 * 37 * block)
-    targets = torch.randint(0, 37, (3, 5))
-    targets[1, :2] = -100
-    inputs = {"hidden": torch.randn(3, 5, 16).to(dtype), "weight": torch.randn(37, 16)}
-    assert_accurate(partial(linear_cross_entropy, targets=targets), inputs, "cpu")
+def test_parity(
+    backend: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block: int
+) -> None:
+    module = importlib.import_module(f"mambakit.ops.{backend}.cross_entropy")
+    monkeypatch.setattr(module, "LOGITS_BYTES", 4 * 37 * block)
+    draws = [case((3, 5), 37, 16, dtype) for _ in range(DRAWS)]
+    for inputs in draws:
+        inputs["targets"][1, :2] = -100
+    assert_accurate(linear_cross_entropy, draws, backend)
 
 
-def test_other_ignore_index() -> None:
-    targets = torch.tensor([0, 5, 5, 3])
-    inputs = {"hidden": torch.randn(4, 6), "weight": torch.randn(9, 6)}
-    assert_accurate(partial(linear_cross_entropy, targets=targets, ignore_index=5), inputs, "cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "vocab", "width"), [(1, 2, 3), (129, 1003, 96), (300, 9, 130)])
+def test_sizes(backend: str, dtype: torch.dtype, rows: int, vocab: int, width: int) -> None:
+    draws = [case((rows,), vocab, width, dtype) for _ in range(DRAWS)]
+    assert_accurate(linear_cross_entropy, draws, backend)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_other_ignore_index(backend: str) -> None:
+    draws = [case((4,), 9, 6, torch.float32) for _ in range(DRAWS)]
+    for inputs in draws:
+        inputs["targets"][:] = torch.tensor([0, 5, 5, 3])
+    assert_accurate(partial(linear_cross_entropy, ignore_index=5), draws, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_torch(backend: str) -> None:
-    hidden, weight = torch.randn(700, 6), torch.randn(9, 6)
-    targets = torch.randint(0, 9, (700,))
+    with device_of(backend):
+        hidden, weight = torch.randn(700, 6), torch.randn(9, 6)
+        targets = torch.randint(0, 9, (700,))
     loss = linear_cross_entropy(hidden, weight, targets, backend=backend)
     torch.testing.assert_close(loss, cross_entropy(hidden @ weight.t(), targets))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_counts(backend: str) -> None:
-    hidden, weight = torch.randn(2, 6), torch.randn(9, 6)
+    with device_of(backend):
+        hidden, weight, ignored = torch.randn(2, 6), torch.randn(9, 6), torch.full((2,), -100)
     for rows in (0, 2):
-        targets = torch.full((rows,), -100)
+        targets = ignored[:rows]
         assert linear_cross_entropy(hidden[:rows], weight, targets, backend=backend).isnan()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_multiplies_in_bfloat16(backend: str) -> None:
     """The same numbers as from inputs that were rounded by hand."""
-    hidden, weight = torch.randn(20, 64), torch.randn(50, 64)
-    targets = torch.randint(0, 50, (20,))
-    with torch.autocast("cpu", torch.bfloat16):
+    with device_of(backend):
+        hidden, weight = torch.randn(20, 64), torch.randn(50, 64)
+        targets = torch.randint(0, 50, (20,))
+    with torch.autocast(hidden.device.type, torch.bfloat16):
         loss = linear_cross_entropy(hidden, weight, targets, backend=backend)
     rounded = linear_cross_entropy(hidden.bfloat16(), weight, targets, backend=backend)
     assert loss.dtype == torch.float32
