@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mambakit.errors import ArgumentError, DtypeError, ShapeError
 from mambakit.models.config import MambaConfig
+from mambakit.models.fused_step import fused_step
 from mambakit.models.state import ModelState
 from mambakit.nn.block import Block
 from mambakit.nn.linear import Linear
@@ -176,7 +177,9 @@ class MambaLanguageModel(nn.Module):
     def step(self, tokens: Tensor, state: ModelState) -> Tensor:
         """Read one token a sequence, (B,); return logits, (B, V), and update `state` in place."""
         self._check(tokens, 1, state)
-        logits: Tensor = self.lm_head(self.backbone.step(tokens, state))
+        logits: Tensor | None = fused_step(self, tokens, state)
+        if logits is None:
+            logits = self.lm_head(self.backbone.step(tokens, state))
         return logits
 
     def generate(

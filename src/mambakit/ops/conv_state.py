@@ -25,7 +25,9 @@ def final(x: Tensor, past: Tensor, seq_idx: Tensor | None) -> Tensor:
     if seq_idx is not None and seqlen > 0 and kept > 0:
         distance = torch.arange(kept - 1, -1, -1, device=x.device)
         last = last * (distance <= age(seq_idx)[:, -1:])[..., None]
-    return last.transpose(1, 2)
+    return last.transpose(
+        1, 2
+    ).contiguous()  # As the steps take it; and a view would keep all of `inputs`.
 
 
 def age(seq_idx: Tensor) -> Tensor:

@@ -120,22 +120,26 @@ def backward(
                     flush(dw_sums[tap], dweight[b, tap, channel : channel + width])
 
 
+@register_jitable
+def advance(state, value, weight, bias, silu):
+    """One step of one channel: y; the state (W-1,) moves on to the value. weight: (W,)."""
+    taps = weight.size
+    total = weight[taps - 1] * load(value, 0)
+    for tap in range(taps - 1):
+        total += weight[tap] * load(state, tap)
+    total += bias
+    for tap in range(taps - 2):
+        state[tap] = state[tap + 1]
+    if taps > 1:
+        state[taps - 2] = value[0]
+    return total * sigmoid(total) if silu else total
+
+
 @kernel
 def step(state, x, weight, bias, silu, y):
     """Write y and move the state (B, D, W-1) on by one step; x and y are (B, D), weight is (D, W)."""
-    channels, taps = weight.shape
     for b in range(x.shape[0]):
-        for c in range(channels):
-            value = load(x[b], c)
-            total = weight[c, taps - 1] * value
-            for tap in range(taps - 1):
-                total += weight[c, tap] * load(state[b, c], tap)
-            if bias is not None:
-                total += bias[c]
-            if silu:
-                total *= sigmoid(total)
-            store(y[b], c, total)
-            for tap in range(taps - 2):
-                state[b, c, tap] = state[b, c, tap + 1]
-            if taps > 1:
-                state[b, c, taps - 2] = x[b, c]
+        x_row, y_row = x[b], y[b]
+        for c in range(weight.shape[0]):
+            bias_c = np.float32(0) if bias is None else bias[c]
+            store(y_row, c, advance(state[b, c], x_row[c : c + 1], weight[c], bias_c, silu))

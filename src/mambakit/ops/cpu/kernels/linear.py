@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from mambakit.ops.cpu.kernels.simd import dot, kernel, store
+import numpy as np
+
+from mambakit.ops.cpu.kernels.simd import any_order, kernel, load, store
 
 
-@kernel
-def multiply(first, last, x, weight, bias, y):
-    """Y = x weight^T + bias: x (B, K), weight (O, K), y (B, O), float32 or bfloat16; bias (O,) or None.
+@any_order
+def product(first, last, x, weight, bias, y):
+    """As `multiply`; of a row of x only as much is read as a row of the weight is long.
 
-    A row of the matrix meets all rows of x while it is in the cache.
+    A row of the matrix meets all rows of x while it is in the cache. The sum is not left to `dot`, whose call would
+    cost a sixth of the speed: a row is short.
     """
     for o in range(first, last):
         weight_row = weight[o]
         for b in range(x.shape[0]):
-            total = dot(weight_row, x[b])
+            x_row = x[b]
+            total = np.float32(0)
+            for k in range(weight_row.size):
+                total += load(weight_row, k) * load(x_row, k)
             if bias is not None:
                 total += bias[o]
             store(y[b], o, total)
+
+
+@kernel
+def multiply(first, last, x, weight, bias, y):
+    """Y = x weight^T + bias: x (B, K), weight (O, K), y (B, O), float32 or bfloat16; bias (O,) or None."""
+    product(first, last, x, weight, bias, y)

@@ -22,6 +22,14 @@ def read(x, residual, r, values):
             values[c] += load(residual_row, c)
 
 
+@register_jitable
+def normalise(values, weight, eps, y_row):
+    """Write values / rms(values) * weight."""
+    scale = np.float32(1) / np.sqrt(dot(values, values) / np.float32(values.size) + eps)
+    for c in range(values.size):
+        store(y_row, c, values[c] * scale * weight[c])
+
+
 @kernel
 def forward(first, last, x, residual, weight, eps, y, total):
     """total = x + residual (not written if that is None), and y = total normalised; x, y: (rows, M)."""
@@ -33,10 +41,7 @@ def forward(first, last, x, residual, weight, eps, y, total):
             total_row = total[r]
             for c in range(width):
                 store(total_row, c, values[c])
-        scale = np.float32(1) / np.sqrt(dot(values, values) / np.float32(width) + eps)
-        y_row = y[r]
-        for c in range(width):
-            store(y_row, c, values[c] * scale * weight[c])
+        normalise(values, weight, eps, y[r])
 
 
 @kernel

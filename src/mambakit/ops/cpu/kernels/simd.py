@@ -46,6 +46,15 @@ def kernel(function: Any) -> Any:
     return njit(function, nogil=True, fastmath={"contract"}, error_model="numpy", cache=True)
 
 
+def any_order(function: Any) -> Any:
+    """Compile a part of a kernel in which the compiler may choose the order of sums, once, as it compiles.
+
+    Or it could not vectorise them. Not cached on its own: its code is in that of the kernels.
+    """
+    flags = {"contract", "reassoc", "nsz"}
+    return njit(function, nogil=True, fastmath=flags, error_model="numpy")
+
+
 @register_jitable
 def exp2(x: float) -> float:
     """2^x to 1 ulp: x = k + f with |f| <= 1/2, a polynomial for 2^f, and k into the exponent.
@@ -130,9 +139,9 @@ def softplus(x: float) -> float:
     return positive + (p * q * twice + twice)
 
 
-@njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy", cache=True)
+@any_order
 def dot(a, b):
-    """Real part of the sum of a b; the compiler may choose the order (once, as it compiles), or could not vectorise."""
+    """Real part of the sum of a b."""
     total = np.float32(0)
     for i in range(a.size):
         total += (load(a, i) * load(b, i)).real

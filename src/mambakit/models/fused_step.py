@@ -1,0 +1,94 @@
+"""A decoding step of a plain model in one compiled call."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mambakit.models.state import ModelState
+from mambakit.nn.block import Block
+from mambakit.nn.conv import CausalConv1d
+from mambakit.nn.linear import DtProjection, Linear
+from mambakit.nn.mixer import MambaMixer
+from mambakit.nn.norm import RMSNorm
+from mambakit.nn.state import MixerState
+from mambakit.ops.cpu.model_step import Layer, model_step, suitable
+from mambakit.ops.dispatch import unavailable
+
+if TYPE_CHECKING:
+    from mambakit.models.language_model import MambaLanguageModel
+
+
+def fused_step(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> Tensor | None:
+    """What `MambaLanguageModel.step` returns and does to the state, in one call of a kernel.
+
+    None if the modules have to do it, because one of them is not the plain one (an adapter took its
+    place, a hook looks on), or the kernel has no form for the config, dtype, device or layout.
+    """
+    config, backbone = model.config, model.backbone
+    has_form = config.conv_bias and not config.bias and not config.is_complex
+    if not has_form or len(config.selective) < 3 or torch.compiler.is_compiling():
+        return None
+    embedding, norm_f, head = backbone.embedding, backbone.norm_f, model.lm_head
+    plain = {embedding: nn.Embedding, norm_f: RMSNorm, head: Linear}
+    if torch.is_autocast_enabled("cpu") or not all(map(_is_plain, plain, plain.values())):
+        return None
+    if unavailable("cpu", head.weight.device, head.weight.dtype):
+        return None
+    blocks = list(backbone.blocks())
+    found = map(_layer, blocks, state.layers)
+    layers = [layer for layer in found if layer is not None]
+    tensors = [norm_f.weight, head.weight, *chain(*layers)]
+    if len(layers) < len(blocks) or not suitable(tensors):
+        return None
+    eps = [*(block.norm.eps for block in blocks), norm_f.eps]
+    return model_step(embedding(tokens), layers, norm_f.weight, head.weight, eps)
+
+
+_MIXER = {
+    "in_proj": Linear,
+    "conv1d": CausalConv1d,
+    "x_proj": Linear,
+    "dt_proj": DtProjection,
+    "out_proj": Linear,
+}
+
+
+def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__
+    )
+
+
+def _layer(block: Any, state: MixerState) -> Layer | None:
+    """The tensors of a layer; None if a module is not plain.
+
+    Looks into the dicts of the modules, since 400 calls of their `__getattr__` would take 5 % of a
+    step.
+    """
+    norm, mixer = block._modules["norm"], block._modules["mixer"]
+    parts = [mixer._modules[name] for name in _MIXER]
+    plain = _is_plain(block, Block) and _is_plain(norm, RMSNorm) and _is_plain(mixer, MambaMixer)
+    if not plain or not all(map(_is_plain, parts, _MIXER.values())):
+        return None
+    in_proj, conv, x_proj, dt_proj, out_proj = (part._parameters for part in parts)
+    return Layer(
+        norm=norm._parameters["weight"],
+        in_proj=in_proj["weight"],
+        conv=conv["weight"],
+        conv_bias=conv["bias"],
+        x_proj=x_proj["weight"],
+        dt_proj=dt_proj["weight"],
+        dt_bias=dt_proj["bias"],
+        A_log=mixer._parameters["A_log"],
+        D=mixer._parameters["D"],
+        out_proj=out_proj["weight"],
+        conv_state=state.conv_state,
+        ssm_state=state.ssm_state,
+    )
