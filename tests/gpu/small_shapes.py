@@ -20,11 +20,11 @@ def main(name: str) -> None:
         if key not in ("initial_state", "ssm_state", "conv_state")
     }
     for tensors in (inputs, narrow) if name in OPS else (inputs,):
-        for splits in (1, 3) if name.startswith("selective_scan") and name in OPS else (None,):
-            if splits is not None:
+        for chunks in (1, 3) if name.startswith("selective_scan") and name in OPS else (None,):
+            if chunks is not None:
                 from mambakit.ops.cuda import selective_scan
 
-                selective_scan.SPLITS = splits
+                selective_scan.CHUNKS = chunks
             call(op, on("cuda", tensors, has_gradient=name in OPS))
     torch.cuda.synchronize()
 

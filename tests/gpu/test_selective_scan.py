@@ -64,22 +64,22 @@ def test_batches(batch: int) -> None:
         assert not any(found[f"gradient of {name}"].any() for name in ("A", "D", "dt_bias"))
 
 
-SPLITS = [1, 2, 3, 7]
+CHUNKS = [1, 2, 3, 7]
 
 
-@pytest.fixture(params=SPLITS, ids=lambda splits: f"{splits} splits")
-def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Into how many pieces the scan cuts time, whatever the shape."""
+@pytest.fixture(params=CHUNKS, ids=lambda chunks: f"{chunks} chunks")
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Into how many chunks the scan cuts time, whatever the shape."""
     from mambakit.ops.cuda import selective_scan as cuda
 
-    monkeypatch.setattr(cuda, "SPLITS", request.param)
+    monkeypatch.setattr(cuda, "CHUNKS", request.param)
     return request.param
 
 
-@pytest.mark.usefixtures("splits")
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("seqlen", [5, 300])
 @pytest.mark.parametrize("kind", ["plain", "documents", "complex", "groups", "bfloat16", "N = 5"])
-def test_any_split_of_time(kind: str, seqlen: int) -> None:
+def test_any_number_of_chunks(kind: str, seqlen: int) -> None:
     inputs = case(
         2,
         seqlen,
@@ -94,14 +94,14 @@ def test_any_split_of_time(kind: str, seqlen: int) -> None:
     assert_accurate(scan, inputs, "cuda")
 
 
-@pytest.mark.parametrize("splits", [1, 3], ids=lambda splits: f"{splits} splits")
+@pytest.mark.parametrize("chunks", [1, 3], ids=lambda chunks: f"{chunks} chunks")
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "complex", "documents"])
 def test_gradients_are_the_same_bits_every_time(
-    kind: str, splits: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mambakit.ops.cuda import selective_scan as cuda
 
-    monkeypatch.setattr(cuda, "SPLITS", splits)
+    monkeypatch.setattr(cuda, "CHUNKS", chunks)
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     inputs = case(3, 700, 330, 16, dtype=dtype, is_complex=kind == "complex")
     if kind == "documents":
