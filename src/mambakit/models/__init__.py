@@ -14,12 +14,20 @@ if TYPE_CHECKING:
     from mambakit.models.presets import PRESETS as PRESETS
     from mambakit.models.presets import preset as preset
     from mambakit.models.state import ModelState as ModelState
+    from mambakit.models.transformer import TransformerLanguageModel as TransformerLanguageModel
+    from mambakit.models.transformer import TransformerState as TransformerState
+    from mambakit.models.transformer_config import TRANSFORMER_PRESETS as TRANSFORMER_PRESETS
+    from mambakit.models.transformer_config import TransformerConfig as TransformerConfig
 
 _EXPORTS = {
     "MambaConfig": "mambakit.models.config",
     "MambaLanguageModel": "mambakit.models.language_model",
     "ModelState": "mambakit.models.state",
     "PRESETS": "mambakit.models.presets",
+    "TRANSFORMER_PRESETS": "mambakit.models.transformer_config",
+    "TransformerConfig": "mambakit.models.transformer_config",
+    "TransformerLanguageModel": "mambakit.models.transformer",
+    "TransformerState": "mambakit.models.transformer",
     "load_model": "mambakit.models.checkpoint",
     "preset": "mambakit.models.presets",
     "read_config": "mambakit.models.checkpoint",
@@ -27,9 +35,13 @@ _EXPORTS = {
 }
 __all__ = [
     "PRESETS",
+    "TRANSFORMER_PRESETS",
     "MambaConfig",
     "MambaLanguageModel",
     "ModelState",
+    "TransformerConfig",
+    "TransformerLanguageModel",
+    "TransformerState",
     "load_model",
     "preset",
     "read_config",
