@@ -118,3 +118,17 @@ def call(op: Callable[..., Tensor | Outputs], inputs: Inputs) -> list[Tensor]:
         return list(outputs)
     gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
     return [*(output.detach() for output in outputs), *gradients]
+
+
+def captured(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A graph of the function, which has run three times before, and its results after each replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+    return graph, results

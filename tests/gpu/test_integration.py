@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from examples import OPS, STEPS, Inputs, call, on
+from examples import OPS, STEPS, Inputs, call, captured, on
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,20 +73,6 @@ def test_a_model_compiles_without_a_break(A_init: str) -> None:
     torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-5)
     for ours, truth in zip(torch.autograd.grad(found, parameters), expected[1:], strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-6)
-
-
-def captured(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A graph of the function, which has run three times before, and its results after each replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function()
-    return graph, results
 
 
 @pytest.mark.parametrize("name", ALL)
