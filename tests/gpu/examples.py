@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -132,3 +134,10 @@ def captured(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph
     with torch.cuda.graph(graph):
         results = function()
     return graph, results
+
+
+def skip_or_fail(reason: str) -> None:
+    """Skip the test, or fail it where the GPU's tests are required."""
+    if "gpu" in os.environ.get("MAMBAKIT_REQUIRE", "").split(","):
+        pytest.fail(f"MAMBAKIT_REQUIRE=gpu, but {reason}")
+    pytest.skip(reason)

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from examples import skip_or_fail
 from torch import Tensor
 
 from mambakit.ops import add_rms_norm, causal_conv1d, linear_cross_entropy, selective_scan
@@ -29,7 +30,7 @@ def _memory() -> Iterator[None]:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < 64 * 2**30:
-        pytest.skip(f"needs 64 GiB of GPU memory, {free / 2**30:.0f} are free")
+        skip_or_fail(f"this test needs 64 GiB of GPU memory, {free / 2**30:.0f} are free")
     torch.cuda.reset_peak_memory_stats()
     yield
     assert torch.cuda.max_memory_allocated() < 70 * 2**30

@@ -9,18 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from examples import OPS, STEPS
+from examples import OPS, STEPS, skip_or_fail
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 SCRIPT = Path(__file__).with_name("small_shapes.py")
 FOLDERS = (Path("/usr/local/cuda/bin"), Path("/usr/local/cuda/compute-sanitizer"))
-
-
-def without(reason: str) -> None:
-    """Skip, or fail where the GPU's tests are required."""
-    if "gpu" in os.environ.get("MAMBAKIT_REQUIRE", "").split(","):
-        pytest.fail(f"MAMBAKIT_REQUIRE=gpu, but {reason}")
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +21,7 @@ def sanitizer() -> str:
     path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, FOLDERS)])
     found = shutil.which("compute-sanitizer", path=path)
     if found is None:
-        without("compute-sanitizer is not installed")
+        skip_or_fail("compute-sanitizer is not installed")
     return found
 
 
@@ -41,6 +34,6 @@ def test_clean(sanitizer: str, tool: str, name: str) -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     output = result.stdout + result.stderr
     if "Device not supported" in output:
-        without("compute-sanitizer cannot attach to this GPU")
+        skip_or_fail("compute-sanitizer cannot attach to this GPU")
     assert result.returncode == 0, output[-5000:]
     assert "ERROR SUMMARY: 0 errors" in output or "RACECHECK SUMMARY: 0 hazards" in output
