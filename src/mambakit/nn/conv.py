@@ -34,3 +34,15 @@ class CausalConv1d(nn.Conv1d):
     def step(self, x: Tensor, conv_state: Tensor) -> Tensor:
         """Convolve one position, x (B, D); conv_state, (B, D, W-1), is updated in place."""
         return causal_conv1d_step(conv_state, x, self.weight.squeeze(1), self.bias, "silu")
+
+
+def convolve(
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> Tensor:
+    """The output of a `CausalConv1d` with these parameters, without its state."""
+    filters = weight.squeeze(1)
+    return causal_conv1d(x, filters, bias, "silu", initial_state=initial_state, seq_idx=seq_idx)[0]

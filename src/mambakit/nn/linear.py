@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,14 @@ class DtProjection(Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., R) to (..., D), without the bias."""
         return _product(input, self.weight, None)
+
+
+def project_to(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """A `DtProjection` as a function of input and weight, which makes outputs of this dtype.
+
+    That is what autocast makes of the layer, wherever it is in force.
+    """
+    return lambda input, weight: linear(input.to(dtype), weight.to(dtype))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

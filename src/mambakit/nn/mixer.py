@@ -8,11 +8,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mambakit.nn.conv import CausalConv1d
+from mambakit.nn.conv import CausalConv1d, convolve
 from mambakit.nn.initial import a_imag_init, a_log_init, b_init, c_init, dt_bias_init
-from mambakit.nn.linear import DtProjection, Linear
+from mambakit.nn.linear import DtProjection, Linear, project_to
+from mambakit.nn.recomputation import Recomputation, is_plain
 from mambakit.nn.state import MixerState
 from mambakit.ops import selective_scan, selective_scan_step
+
+RECOMPUTES_ON = ("cuda",)
+"""Devices where x and dt are made again in the backward. A CPU has memory, and would take 5 % more time."""
 
 
 class MambaMixer(nn.Module):
@@ -106,13 +110,18 @@ class MambaMixer(nn.Module):
             (B, L, M), and the state after the last position.
         """
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        conv_state, ssm_state = (state.conv_state, state.ssm_state) if state else (None, None)
-        x, conv_state = self.conv1d(x, conv_state, seq_idx)
-        dt, B, C = self._steering(x)
-        A, dt_bias = self._decay(), self._dt_bias()
-        y, ssm_state = selective_scan(
-            x, dt, A, B, C, self.D, z, dt_bias, True, initial_state=ssm_state, seq_idx=seq_idx
-        )
+        old_conv_state, ssm_state = (state.conv_state, state.ssm_state) if state else (None, None)
+        # The backward pass needs x and dt, each as large as z, but they are cheap to make again.
+        with Recomputation(wanted=hidden.device.type in RECOMPUTES_ON) as again:
+            inputs = (x, old_conv_state, seq_idx)
+            x, conv_state = self.conv1d(*inputs)
+            if is_plain(self.conv1d, CausalConv1d):
+                again.instead_of(x, convolve, self.conv1d.weight, self.conv1d.bias, *inputs)
+            dt, B, C = self._steering(x, again)
+            A, dt_bias = self._decay(), self._dt_bias()
+            y, ssm_state = selective_scan(
+                x, dt, A, B, C, self.D, z, dt_bias, True, initial_state=ssm_state, seq_idx=seq_idx
+            )
         return self.out_proj(y), MixerState(conv_state, ssm_state)
 
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:
@@ -137,12 +146,16 @@ class MambaMixer(nn.Module):
             torch.zeros(batch, *A.shape, device=device, dtype=A.dtype),
         )
 
-    def _steering(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _steering(
+        self, x: Tensor, again: Recomputation | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What steers the scan at x, (..., D): dt before bias and softplus, B and C."""
         projected = (x, x, x)  # What is not selective is not looked at.
         if self.x_proj is not None:
             projected = self.x_proj(x).split(self._sizes, dim=-1)
-        dt = self.dt_proj(projected[0]) if self._sizes[0] else torch.zeros_like(x)
+        dt = self.dt_proj(projected[0]) if self._sizes[0] else x.new_zeros(1).expand_as(x)
+        if again is not None and self._sizes[0] and is_plain(self.dt_proj, DtProjection):
+            again.instead_of(dt, project_to(dt.dtype), projected[0], self.dt_proj.weight)
         is_step = x.ndim == 2
         B = self._weight(projected[1], self.B, is_step)
         C = self._weight(projected[2], self.C, is_step)
