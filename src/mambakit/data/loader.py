@@ -36,13 +36,16 @@ class Batch:
     seq_idx: torch.Tensor | None
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy to a device."""
-        seq_idx = None if self.seq_idx is None else self.seq_idx.to(device, non_blocking=True)
-        return Batch(
-            self.tokens.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
-            seq_idx,
-        )
+        """Copy to a device, without waiting for it."""
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            # A copy from memory that is not pinned waits for what the GPU has yet to do.
+            if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
+        seq_idx = None if self.seq_idx is None else copy(self.seq_idx)
+        return Batch(copy(self.tokens), copy(self.targets), seq_idx)
 
 
 class Loader(Iterator[Batch]):

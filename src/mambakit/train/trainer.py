@@ -188,20 +188,25 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step)
         self.step += 1
-        loss = self._accumulate_gradients()
+        total = self._accumulate_gradients()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip).item()
+        total_norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip).to(total.device)
+        # The optimizer itself leaves out what is not finite (the protocol of gradient scalers), so that all work of a
+        # step is queued on a GPU before the one wait for it, for these two numbers.
+        self.optimizer.found_inf = (~torch.isfinite(total + total_norm)).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        sum_of_losses, norm = map(float, torch.stack([total, total_norm]).tolist())
+        loss = sum_of_losses / self.world.size
         if math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.step()
             self._recent.append((loss, norm))
             self._skipped = 0
         else:
             self._refuse(loss, norm)
-        self.optimizer.zero_grad()
         return loss
 
-    def _accumulate_gradients(self) -> float:
-        """Forward and backward over the batches of one step; gives their mean loss."""
+    def _accumulate_gradients(self) -> Tensor:
+        """Forward and backward over the batches of one step; gives the sum of their mean loss over the processes."""
         count = self.config.accumulation
         total = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(islice(self.loader, count)):
@@ -210,7 +215,7 @@ class Trainer:
                     loss = self._loss(batch.to(self.world.device)) / count
                 loss.backward()
             total += loss.detach()
-        return self.world.sum(total).item() / self.world.size
+        return self.world.sum(total)
 
     def _refuse(self, loss: float, norm: float) -> None:
         """Leave out a step whose loss or gradient is not finite, or stop."""

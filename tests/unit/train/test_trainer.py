@@ -236,6 +236,23 @@ def test_a_loss_that_is_not_finite_can_be_skipped(
     assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
 
 
+def test_a_step_that_is_left_out_changes_nothing(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Watch(Callback):
+        def on_step(self, trainer: Trainer, loss: float) -> None:
+            states = trainer.optimizer.state.values()
+            moments = {f"{i} {k}": v.clone() for i, s in enumerate(states) for k, v in s.items()}
+            seen.append({**weights(trainer), **moments})
+
+    seen: list[dict[str, Tensor]] = []
+    callbacks = [Poison(monkeypatch, range(3, 4)), Watch()]
+    Trainer(make_config(non_finite="skip"), callbacks=callbacks).fit()
+    assert_same(seen[2], seen[1])
+    assert seen[2].keys() > {"0 exp_avg", "0 exp_avg_sq", "0 step"}
+    assert not torch.equal(seen[3]["0 exp_avg"], seen[2]["0 exp_avg"])
+
+
 def test_skipping_gives_up_in_the_end(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
