@@ -25,12 +25,15 @@ def on_device_of(backend: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
-def run(op: Op, inputs: Tensors, backend: str) -> dict[str, Tensor]:
+def run(
+    op: Op, inputs: Tensors, backend: str, device: torch.device | None = None
+) -> dict[str, Tensor]:
     """Outputs of the op and gradients of all inputs, for fixed random gradients of the outputs.
 
-    The inputs are on the CPU, and so are the results, wherever the backend runs. Integers have no gradient.
+    The inputs are on the CPU, and so are the results, wherever the backend runs: on its device, or on `device`.
+    Integers have no gradient.
     """
-    device = device_of(backend)
+    device = device or device_of(backend)
     inputs = {k: None if v is None else v.detach().to(device, copy=True) for k, v in inputs.items()}
     leaves = {k: v.requires_grad_() for k, v in inputs.items() if is_differentiable(v)}
     outputs = op(**inputs, backend=backend)
@@ -52,7 +55,7 @@ def run(op: Op, inputs: Tensors, backend: str) -> dict[str, Tensor]:
 
 
 def assert_accurate(op: Op, inputs: Tensors | Sequence[Tensors], backend: str) -> None:
-    """Compare backend and reference, both run on `inputs`, with the reference in float64.
+    """Compare backend and reference, both run on `inputs` on one device, with the reference in float64.
 
     The error of a handful of numbers is chance, so where there are few, several draws of the inputs are
     given, and the mean squares of their errors compared. One rounding in float32, in which all backends compute,
@@ -64,7 +67,8 @@ def assert_accurate(op: Op, inputs: Tensors | Sequence[Tensors], backend: str) -
         exact = run(
             op, {k: widen(v) if is_differentiable(v) else v for k, v in draw.items()}, "reference"
         )
-        found, reference = run(op, draw, backend), run(op, draw, "reference")
+        found = run(op, draw, backend)
+        reference = run(op, draw, "reference", device_of(backend))
         for name, truth in exact.items():
             assert found[name].dtype == reference[name].dtype, name
             assert torch.isfinite(torch.view_as_real(truth) if truth.is_complex() else truth).all()

@@ -1,0 +1,522 @@
+"""The selective scan on an NVIDIA GPU: PyTorch custom ops around `kernels/selective_scan_*.cu`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from mambakit.ops.cuda.arrays import TYPES, Variants, lanes, multiprocessors, readable
+from mambakit.ops.cuda.compiler import kernel
+from mambakit.ops.cuda.launch import Kernel
+from mambakit.ops.scan_inputs import of_one_kind, restarts
+
+CHUNKS: int | None = None
+"""How many chunks to cut time into, for tests; None lets `plan` choose."""
+
+
+SHARED_LIMIT = 99 * 1024
+"""Shared memory that a block can have on every GPU from compute capability 8.0 on, in bytes."""
+
+
+class Layout(NamedTuple):
+    """Who holds what in a warp; see kernels/selective_scan.cuh."""
+
+    states: int
+    spread: int
+    channels: int
+    warps: int
+    number_bytes: int
+
+    @property
+    def padded(self) -> int:
+        """States of a channel, with padding."""
+        return self.states * self.spread
+
+    @property
+    def slots(self) -> int:
+        """Lanes of a warp that hold different channels."""
+        return 32 // self.spread
+
+    @property
+    def save_every(self) -> int:
+        """Steps between the states that are kept for the backward."""
+        return 16 if self.padded * self.number_bytes <= 256 else 8
+
+    @property
+    def tile(self) -> int:
+        """Steps of B and C that the forward holds in shared memory."""
+        return 32 if self.padded * self.number_bytes <= 256 else self.save_every
+
+    def blocks(self, width: int) -> int:
+        """Blocks that `width` channels of a group need."""
+        return -(-width // (self.warps * self.slots * self.channels))
+
+    def constants(self) -> dict[str, int]:
+        """As the kernels read them."""
+        return {
+            "STATES": self.states,
+            "SPREAD": self.spread,
+            "CHANNELS": self.channels,
+            "WARPS": self.warps,
+            "SAVE_EVERY": self.save_every,
+            "COMPLEX": int(self.number_bytes == 8),
+        }
+
+    def forward_bytes(self) -> int:
+        """Shared memory of `scan_forward`: steps, sums of y, B and C twice, restarts."""
+        segment, floats = 8, 4 * self.channels
+        warp = segment * (self.slots * (2 * floats + (self.spread + 1) * floats) + 4)
+        return _aligned(self.warps * warp + 4 * self.tile * self.padded * self.number_bytes)
+
+    def backward_bytes(self, io_bytes: int) -> int:
+        """Shared memory of `scan_backward`, in the order of its structs."""
+        tile, segment, floats = self.save_every, 4, 4 * self.channels
+        states, lanes = self.states * self.number_bytes, 32 * self.channels
+        warp = tile * self.slots * (2 * floats + 8 * self.channels * io_bytes)
+        warp = _aligned(warp + 2 * 4 * lanes + segment * self.slots * floats)
+        warp += tile // segment * lanes * states
+        warp += segment * (self.spread + 1) * self.slots * 3 * floats
+        warp += 2 * lanes * 8 + 4 * tile
+        if self.on_tensor_cores:
+            warp += 1
+        else:
+            warp += segment * 2 * self.spread * (self.slots + 1) * states
+        rows = tile * self.padded * self.number_bytes
+        return self.warps * (_aligned(warp) + 2 * rows) + 4 * rows
+
+    @property
+    def on_tensor_cores(self) -> bool:
+        """Whether tensor cores sum over the channels; see kernels/channel_sums.cuh."""
+        return (self.states, self.spread, self.number_bytes) == (4, 4, 4)
+
+
+def layout(d_state: int, is_complex: bool) -> Layout:
+    """A lane holds 16 bytes of states, or more where 32 lanes with 16 bytes are not enough."""
+    size = 8 if is_complex else 4
+    least = states = 16 // size
+    while 32 * states < d_state:
+        states *= 2
+    spread = 1
+    while spread * states < d_state:
+        spread *= 2
+    forms = (
+        Layout(states, spread, 2 if states == least else 1, warps, size) for warps in (4, 2, 1)
+    )
+    return next(form for form in forms if form.backward_bytes(4) <= SHARED_LIMIT or form.warps == 1)
+
+
+class Pace(NamedTuple):
+    """How fast a kernel goes with blocks of a layout; measured on an H100."""
+
+    resident: int
+    """Blocks that a multiprocessor holds at a time."""
+    floor: float
+    """r resident blocks take as long as r + floor blocks would without latencies."""
+    cost: float
+    """Of a block, relative to other layouts of the same kernel."""
+    extra: float
+    """Cost of the pass that makes the starts of chunks, relative to the main pass."""
+
+
+FORWARD = {2: Pace(5, 1.5, 0.78, 0.75), 1: Pace(4, 1.95, 0.4, 0.75)}
+"""By channels a lane."""
+BACKWARD = Pace(3, 0.95, 1.0, 0.2)
+
+
+def plan(blocks: int, seqlen: int, multiprocessors: int, pace: Pace) -> tuple[int, float]:
+    """Into how many chunks to cut time.
+
+    Args:
+        blocks: Blocks of one chunk.
+        seqlen: L.
+        multiprocessors: Of the device.
+        pace: Of the kernel.
+
+    Returns:
+        The number with the smallest estimated time, and that, in units that compare layouts: waves
+        of blocks, each as long as a chunk.
+    """
+
+    def time(chunks: int) -> float:
+        waves, rest = divmod(blocks * chunks, multiprocessors * pace.resident)
+        passes = waves * (pace.resident + pace.floor)
+        passes += -(-rest // multiprocessors) + pace.floor if rest else 0.0
+        return pace.cost * passes / chunks * (1 + pace.extra * (chunks - 1) / chunks)
+
+    best = min(range(1, max(1, min(64, seqlen // 128)) + 1), key=time)
+    return best, time(best)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments as in `mambakit.ops.selective_scan`."""
+    A, B, C, initial_state = of_one_kind(A, B, C, initial_state)
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, state, _ = _forward(*tensors, restarts(seq_idx), dt_softplus, save)
+    return y, state
+
+
+@torch.library.custom_op("mambakit::cuda_selective_scan", mutates_args=(), device_types="cuda")
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],
+    z: Optional[Tensor],
+    dt_bias: Optional[Tensor],
+    initial_state: Optional[Tensor],
+    restart: Optional[Tensor],
+    dt_softplus: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and the state before each tile (of no tiles unless `save`)."""
+    inputs = _Inputs(x, dt, A, B, C, D, z, dt_bias, restart, dt_softplus)
+    batch, seqlen, d_inner = x.shape
+    y = torch.empty(x.shape, dtype=inputs.io, device=x.device)
+    final_state = torch.empty(batch, *A.shape, dtype=inputs.A.dtype, device=x.device)
+    saved = final_state.new_empty(_saved_shape(x, A, save))
+    start = None if initial_state is None else initial_state.to(A.dtype).contiguous()
+    if batch == 0 or seqlen == 0 or d_inner == 0:
+        return y.to(x.dtype), final_state.zero_() if start is None else start.clone(), saved
+    chunk, chunks = inputs.cut_forward()
+    ends, sums = inputs.chunk_states(chunks)
+    arguments = (
+        inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.dt_bias, start, inputs.restart,
+        y, final_state, saved if save else None, ends, sums, seqlen, d_inner, A.shape[1], inputs.groups, chunk, chunks,
+        *_rows(inputs.x), *_rows(inputs.dt), *_rows(inputs.z), *_weight_rows(inputs.B), *_weight_rows(inputs.C),
+    )  # fmt: skip
+    if chunks > 1:
+        inputs.run("CHUNK_STATES", (inputs.blocks, chunks - 1), *arguments)
+    inputs.run("OUTPUTS", (inputs.blocks, chunks), *arguments)
+    return y.to(x.dtype), final_state, saved
+
+
+@_forward.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, initial_state, restart, dt_softplus, save):
+    dtype = torch.complex64 if A.is_complex() else torch.float32
+    state = x.new_empty(x.shape[0], *A.shape, dtype=dtype)
+    return x.new_empty(x.shape), state, state.new_empty(_saved_shape(x, A, save))
+
+
+@torch.library.custom_op(
+    "mambakit::cuda_selective_scan_backward", mutates_args=(), device_types="cuda"
+)
+def _backward(
+    dy: Tensor,
+    dstate: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],
+    z: Optional[Tensor],
+    dt_bias: Optional[Tensor],
+    restart: Optional[Tensor],
+    saved: Tensor,
+    dt_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial state (of no elements for absent inputs)."""
+    inputs = _Inputs(x, dt, A, B, C, D, z, dt_bias, restart, dt_softplus)
+    form, padded = inputs.form, inputs.form.padded
+    batch, seqlen, d_inner = x.shape
+    d_state, device = A.shape[1], x.device
+    none = torch.empty(0, device=device)
+    if batch == 0 or seqlen == 0 or d_inner == 0:
+        absent = (
+            none if t is None else torch.zeros_like(t) for t in (x, dt, A, B, C, D, z, dt_bias)
+        )
+        return *absent, dstate.clone()  # type: ignore[return-value]
+    dout, dstate = readable(dy.to(inputs.io)), dstate.to(inputs.A.dtype).contiguous()
+    dx, ddt = (torch.empty(x.shape, dtype=inputs.io, device=device) for _ in range(2))
+    dz = none if z is None else torch.empty_like(dx)
+    dinitial = torch.empty_like(dstate)
+
+    chunk, chunks = inputs.cut(BACKWARD)
+    adjoints, sums = inputs.chunk_states(chunks)
+    if chunks > 1:
+        inputs.run(
+            "CHUNK_ADJOINTS", (inputs.blocks, chunks - 1),
+            dout, inputs.dt, inputs.A, inputs.C, None, None, inputs.z, inputs.dt_bias, None, inputs.restart, None, None,
+            None, adjoints, sums, seqlen, d_inner, d_state, inputs.groups, chunk, chunks,
+            *_rows(dout), *_rows(inputs.dt), *_rows(inputs.z), *_weight_rows(inputs.C), 0, 0, 0, 1,
+        )  # fmt: skip
+
+    def parts(weight: Tensor) -> Tensor:
+        rows = (inputs.row_blocks, batch, seqlen) if weight.ndim > 2 else (batch, chunks, d_inner)
+        return torch.empty(*rows, padded, dtype=inputs.A.dtype, device=device)
+
+    dA = torch.empty(batch, chunks, d_inner, padded, dtype=inputs.A.dtype, device=device)
+    dB, dC = parts(B), parts(C)
+    dD, dbias = torch.empty(2, batch, chunks, d_inner, device=device)
+
+    def of_file(name: str) -> Kernel:
+        size = inputs.x.element_size()
+        file, _, constants = _backward_kernel(form, size, name, inputs.options(dout))
+        return kernel(file, name, device, **constants)
+
+    run, add = of_file("scan_backward"), of_file("scan_add_parts")
+    run(
+        (inputs.blocks, chunks), 32 * form.warps,
+        dout, inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.dt_bias, inputs.restart,
+        saved, dstate, adjoints, sums, dx, ddt, dz, dA, dB, dC, dD, dbias, dinitial,
+        seqlen, d_inner, d_state, inputs.groups, chunk, chunks,
+        *_rows(dout), *_rows(inputs.x), *_rows(inputs.dt), *_rows(inputs.z),
+        *_weight_rows(inputs.B), *_weight_rows(inputs.C),
+        shared=form.backward_bytes(inputs.x.element_size()),
+    )  # fmt: skip
+
+    def weight(parts: Tensor, like: Tensor, read: Tensor) -> Tensor:
+        """The gradient of B or C from its parts."""
+        if like.ndim == 2:
+            return parts.sum((0, 1))[:, :d_state].to(like.dtype)
+        sums = torch.empty(like.shape, dtype=read.dtype, device=device)
+        groups = like.shape[2] if like.ndim == 4 else 1
+        add(
+            (-(-sums.numel() // 256),), 256,
+            parts, sums, batch * seqlen, d_state, groups, inputs.row_blocks // groups,
+        )  # fmt: skip
+        return sums.to(like.dtype)
+
+    def like(gradient: Tensor, parameter: Tensor | None) -> Tensor:
+        return none if parameter is None else gradient.to(parameter.dtype)
+
+    return (
+        like(dx, x),
+        like(ddt, dt),
+        like(dA.sum((0, 1))[:, :d_state], A),
+        weight(dB, B, inputs.B),
+        weight(dC, C, inputs.C),
+        like(dD.sum((0, 1)), D),
+        like(dz, z),
+        like(dbias.sum((0, 1)), dt_bias),
+        dinitial,
+    )
+
+
+@_backward.register_fake
+def _(dy, dstate, x, dt, A, B, C, D, z, dt_bias, restart, saved, dt_softplus):
+    def like(tensor: Tensor | None) -> Tensor:
+        return (
+            x.new_empty(0, dtype=torch.float32)
+            if tensor is None
+            else tensor.new_empty(tensor.shape)
+        )
+
+    return tuple(like(t) for t in (x, dt, A, B, C, D, z, dt_bias, dstate))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, initial_state, restart, dt_softplus, _ = inputs
+    ctx.save_for_backward(*tensors, restart, output[2])
+    ctx.dt_softplus, ctx.has_initial_state = dt_softplus, initial_state is not None
+    ctx.set_materialize_grads(True)
+
+
+def _gradients(ctx: Any, dy: Tensor, dstate: Tensor, _: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors  # Once: activation checkpointing gives them out only once.
+    D, z, dt_bias = saved[5:8]
+    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = _backward(dy, dstate, *saved, ctx.dt_softplus)
+    return (
+        dx,
+        ddt,
+        dA,
+        dB,
+        dC,
+        None if D is None else dD,
+        None if z is None else dz,
+        None if dt_bias is None else dbias,
+        dinitial if ctx.has_initial_state else None,
+        None,
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+class _Inputs:
+    """What all kernels of one scan read, in their form, and how they are launched."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        restart: Tensor | None,
+        dt_softplus: bool,
+    ) -> None:
+        activations = [x, dt, *(W for W in (B, C) if W.ndim > 2 and not W.is_complex())]
+        if z is not None:
+            activations.append(z)
+        one_dtype = all(t.dtype == x.dtype for t in activations)
+        self.io = x.dtype if one_dtype else torch.float32
+        number = torch.complex64 if A.is_complex() else torch.float32
+
+        def weight(W: Tensor) -> Tensor:
+            if W.ndim == 2:
+                return W.to(number).resolve_conj().contiguous()
+            return readable(W.to(number if W.is_complex() else self.io).resolve_conj())
+
+        self.x, self.dt = readable(x.to(self.io)), readable(dt.to(self.io))
+        self.z = None if z is None else readable(z.to(self.io))
+        self.A = A.to(number).resolve_conj().contiguous()
+        self.B, self.C = weight(B), weight(C)
+        self.D = None if D is None else D.float().contiguous()
+        self.dt_bias = None if dt_bias is None else dt_bias.float().contiguous()
+        self.restart = restart
+        self.dt_softplus = dt_softplus
+        self.form = layout(A.shape[1], A.is_complex())
+        self.groups = math.lcm(*(W.shape[2] for W in (B, C) if W.ndim == 4))
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of a batch row."""
+        return self.groups * self.form.blocks(self.x.shape[2] // self.groups)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of one chunk."""
+        return self.x.shape[0] * self.row_blocks
+
+    def cut(self, pace: Pace) -> tuple[int, int]:
+        """Steps of a chunk, a multiple of what kernels hold at a time, and the number of chunks."""
+        seqlen = self.x.shape[1]
+        chunks = CHUNKS or plan(self.blocks, seqlen, multiprocessors(self.x.device), pace)[0]
+        chunk = -(-seqlen // (32 * chunks)) * 32
+        return chunk, -(-seqlen // chunk)
+
+    def cut_forward(self) -> tuple[int, int]:
+        """As `cut`, with one channel a lane if that is faster: it makes twice as many blocks."""
+        wide = self.form
+        paces = {n: pace for n, pace in FORWARD.items() if n <= wide.channels}
+
+        def time(channels: int) -> float:
+            self.form = wide._replace(channels=channels)
+            return plan(
+                self.blocks, self.x.shape[1], multiprocessors(self.x.device), paces[channels]
+            )[1]
+
+        channels = min(paces, key=time)
+        self.form = wide._replace(channels=channels)
+        return self.cut(paces[channels])
+
+    def chunk_states(self, chunks: int) -> tuple[Tensor | None, Tensor | None]:
+        """Room for the state and the sum of dt of each chunk, if there are several."""
+        if chunks == 1:
+            return None, None
+        batch, _, d_inner = self.x.shape
+        states = self.A.new_empty(batch, chunks, d_inner, self.form.padded)
+        return states, torch.empty(batch, chunks, d_inner, device=self.x.device)
+
+    def options(self, *others: Tensor) -> dict[str, int | str]:
+        """What the kernels are compiled for: these tensors, and `others` that they read."""
+        width, channels = self.x.shape[2] // self.groups, self.form.channels
+        is_aligned = lanes(channels, width, self.x, self.dt, self.z, *others) == channels
+        return {
+            "IO": TYPES[self.io],
+            "B_VARIES": int(self.B.ndim > 2),
+            "C_VARIES": int(self.C.ndim > 2),
+            "HAS_Z": int(self.z is not None),
+            "SOFTPLUS": int(self.dt_softplus),
+            "HAS_RESTART": int(self.restart is not None),
+            "ALIGNED": int(is_aligned),
+        }
+
+    def run(self, mode: str, grid: tuple[int, ...], *arguments: Any) -> None:
+        """Launch `scan_forward`."""
+        options = self.options(arguments[0])
+        if mode == "CHUNK_ADJOINTS":
+            options["B_VARIES"] = options["C_VARIES"]
+        file, name, constants = _forward_kernel(self.form, mode, options)
+        launch = kernel(file, name, self.x.device, **constants)
+        launch(grid, 32 * self.form.warps, *arguments, shared=self.form.forward_bytes())
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+def _rows(tensor: Tensor | None) -> tuple[int, int]:
+    """Strides of batch and time."""
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+def variants() -> Variants:
+    """The kernels of the usual sizes, and of every branch of the sources."""
+    options = {"B_VARIES": 1, "C_VARIES": 1, "HAS_Z": 1, "SOFTPLUS": 1, "HAS_RESTART": 0}
+    others = {"B_VARIES": 0, "C_VARIES": 0, "HAS_Z": 0, "SOFTPLUS": 0, "HAS_RESTART": 1}
+    found: Variants = []
+    for io, size, d_state, is_complex, chosen, aligned in (
+        ("bfloat16", 2, 16, False, options, 1),
+        ("float", 4, 16, False, options, 1),
+        ("float16", 2, 16, False, {**options, "HAS_RESTART": 1}, 0),
+        ("bfloat16", 2, 16, False, others, 1),
+        ("bfloat16", 2, 64, False, options, 1),
+        ("float", 4, 256, False, options, 0),
+        ("float", 4, 16, True, options, 1),
+    ):
+        form = layout(d_state, is_complex)
+        common: dict[str, int | str] = {"IO": io, "ALIGNED": aligned, **chosen}
+        for channels in range(1, form.channels + 1):
+            for mode in ("CHUNK_STATES", "OUTPUTS", "CHUNK_ADJOINTS"):
+                found.append(_forward_kernel(form._replace(channels=channels), mode, common))
+        found.append(_backward_kernel(form, size, "scan_backward", common))
+    return found
+
+
+def _forward_kernel(
+    form: Layout, mode: str, options: dict[str, int | str]
+) -> tuple[str, str, dict[str, int | str]]:
+    resident = FORWARD[form.channels].resident if form.on_tensor_cores else 1
+    constants: dict[str, int | str] = {"MODE": mode, "TILE": form.tile, "MIN_BLOCKS": resident}
+    constants |= {**form.constants(), **options, "SHARED_BYTES": form.forward_bytes()}
+    return "selective_scan_forward.cu", "scan_forward", constants
+
+
+def _backward_kernel(
+    form: Layout, io_bytes: int, name: str, options: dict[str, int | str]
+) -> tuple[str, str, dict[str, int | str]]:
+    resident = BACKWARD.resident if form.on_tensor_cores else 1
+    constants: dict[str, int | str] = {"MIN_BLOCKS": resident, **form.constants(), **options}
+    constants["SHARED_BYTES"] = form.backward_bytes(io_bytes)
+    return "selective_scan_backward.cu", name, constants
+
+
+def _weight_rows(weight: Tensor) -> tuple[int, int, int, int]:
+    """Strides of batch, time and group of B or C, and its number of groups."""
+    if weight.ndim == 2:
+        return 0, 0, 0, 1
+    if weight.ndim == 3:
+        return weight.stride(0), weight.stride(1), 0, 1
+    batch, time, group, _ = weight.stride()
+    return batch, time, group, weight.shape[2]
+
+
+def _saved_shape(x: Tensor, A: Tensor, save: bool) -> tuple[int, ...]:
+    form = layout(A.shape[1], A.is_complex())
+    batch, seqlen, d_inner = x.shape
+    return batch, -(-seqlen // form.save_every) if save else 0, d_inner, form.padded
