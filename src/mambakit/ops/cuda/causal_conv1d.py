@@ -1,0 +1,272 @@
+"""The causal depthwise convolution on a GPU: PyTorch custom ops around `kernels/causal_conv1d_*.cu`."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from mambakit.ops import conv_state as states
+from mambakit.ops.cuda.arrays import TYPES, Variants, lanes, multiprocessors, parameter, readable
+from mambakit.ops.cuda.compiler import kernel
+
+WARPS = 8
+"""Of a block; see kernels/causal_conv1d.cuh."""
+
+FORWARD_NUMBERS, BACKWARD_NUMBERS = 32, 16
+"""Taps of all channels that a thread has: as many as fit into registers with what goes with them."""
+
+RUNS = (64, 32, 16)
+"""Time steps that a thread walks: the fewer, the more of them it reads twice."""
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments as in `mambakit.ops.causal_conv1d`."""
+    if initial_state is not None:
+        initial_state = initial_state.to(x.dtype)
+    if x.shape[1] == 0:
+        past = states.initial(x, weight.shape[1], initial_state)
+        return x.clone(), states.final(x, past, seq_idx)
+    observed = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    run = _forward if observed else _run
+    y, state = run(x, weight, bias, initial_state, seq_idx, activation == "silu")
+    return y, state
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    initial_state: Optional[Tensor],
+    seq_idx: Optional[Tensor],
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """y and the final state."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    state = x.new_empty(_state_shape(x, weight))
+    if y.numel() == 0:
+        return y, state
+    x = readable(x)
+    along = lanes(_most(FORWARD_NUMBERS, x, weight), x.shape[2], x)
+    launch, grid, inputs, length = _prepare(
+        "forward", along, x, weight, bias, initial_state, seq_idx, silu
+    )
+    launch(grid, 32 * WARPS, *inputs, y, state, *x.shape[1:], length)
+    return y, state
+
+
+_forward = torch.library.custom_op(
+    "mambakit::cuda_causal_conv1d", mutates_args=(), device_types="cuda"
+)(_run)
+
+
+@_forward.register_fake
+def _(x, weight, bias, initial_state, seq_idx, silu):
+    return x.new_empty(x.shape), x.new_empty(_state_shape(x, weight))
+
+
+@torch.library.custom_op(
+    "mambakit::cuda_causal_conv1d_backward", mutates_args=(), device_types="cuda"
+)
+def _backward(
+    dy: Tensor,
+    dstate: Optional[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    initial_state: Optional[Tensor],
+    seq_idx: Optional[Tensor],
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias (of no elements if there is none) and the initial state (float32)."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dinitial = torch.empty(_state_shape(x, weight), device=x.device)
+    if x.numel() == 0:
+        dbias = x.new_empty(0) if bias is None else torch.zeros_like(bias)
+        return dx, torch.zeros_like(weight), dbias, dinitial
+    x, dy = readable(x), readable(dy)
+    along = lanes(_most(BACKWARD_NUMBERS, x, weight), x.shape[2], x, dy)
+    launch, grid, inputs, length = _prepare(
+        "backward", along, x, weight, bias, initial_state, seq_idx, silu
+    )
+    _, columns, groups = _cut(x, along, length)
+    parts = grid // columns
+    assert parts == x.shape[0] * groups
+    dweight = torch.empty(parts, *weight.shape, device=x.device)
+    dbias = torch.empty(parts, x.shape[2], device=x.device)
+    launch(
+        grid, 32 * WARPS, *inputs, dy, *dy.stride()[:2], dstate, *_strides(dstate), dx, dinitial, dweight, dbias,
+        *x.shape[1:], length,
+    )  # fmt: skip
+    return (
+        dx,
+        dweight.sum(0).to(weight.dtype),
+        x.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype),
+        dinitial,
+    )
+
+
+@_backward.register_fake
+def _(dy, dstate, x, weight, bias, initial_state, seq_idx, silu):
+    dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    dinitial = x.new_empty(_state_shape(x, weight), dtype=torch.float32)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors  # Once: activation checkpointing gives them out only once.
+    x, _, bias, initial_state, _ = saved
+    dy = torch.zeros_like(x) if dy is None else dy
+    dx, dweight, dbias, dinitial = _backward(dy, dstate, *saved, ctx.silu)
+    return (
+        dx,
+        dweight,
+        None if bias is None else dbias,
+        None if initial_state is None else dinitial.to(initial_state.dtype),
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def _state_shape(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[2], weight.shape[1] - 1
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if tensor is None else tensor.stride()
+
+
+def _most(numbers: int, x: Tensor, weight: Tensor) -> int:
+    """Channels of a thread: a power of two, so that their taps fit and an access has at most 16 bytes."""
+    fitting = max(1, numbers // weight.shape[1])
+    return min(16 // x.element_size(), 1 << (fitting.bit_length() - 1))
+
+
+def _cut(x: Tensor, along: int, length: int) -> tuple[int, int, int]:
+    """The grid, and its columns of channels and groups of runs."""
+    columns, groups = -(-x.shape[2] // (32 * along)), -(-x.shape[1] // (WARPS * length))
+    return columns * groups * x.shape[0], columns, groups
+
+
+def _prepare(
+    name: str,
+    along: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    silu: bool,
+) -> tuple[Any, int, tuple[Any, ...], int]:
+    """The kernel, its grid, the arguments that both kernels begin with, and the length of a run."""
+    if bias is not None and bias.dtype != weight.dtype:
+        weight, bias = weight.float(), bias.float()
+    filters, bias = parameter(weight), parameter(bias)
+    assert filters is not None
+    launch = kernel(
+        f"causal_conv1d_{name}.cu", f"causal_conv1d_{name}", x.device,
+        **_constants(x.dtype, filters.dtype, weight.shape[1], along, silu, None if seq_idx is None else seq_idx.dtype),
+    )  # fmt: skip
+    enough = 4 * multiprocessors(x.device)
+    length = next((run for run in RUNS if _cut(x, along, run)[0] >= enough), 8)
+    inputs = (
+        x, *x.stride()[:2], filters, bias, initial_state, *_strides(initial_state),
+        None if seq_idx is None else seq_idx.contiguous(),
+    )  # fmt: skip
+    return launch, _cut(x, along, length)[0], inputs, length
+
+
+def _constants(
+    io: torch.dtype,
+    parameters: torch.dtype,
+    width: int,
+    along: int,
+    silu: bool,
+    index: torch.dtype | None,
+) -> dict[str, int | str]:
+    return {
+        "IO": TYPES[io],
+        "PARAMETER": TYPES[parameters],
+        "WIDTH": width,
+        "LANES": along,
+        "SILU": int(silu),
+        "PACKED": int(index is not None),
+        "INDEX": "int64" if index == torch.int64 else "int",
+    }
+
+
+def _run_step(
+    conv_state: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool
+) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if bias is not None and bias.dtype != weight.dtype:
+        weight, bias = weight.float(), bias.float()
+    filters, bias = parameter(weight), parameter(bias)
+    assert filters is not None
+    batch, channels = x.shape
+    launch = kernel(
+        "causal_conv1d_step.cu", "causal_conv1d_step", x.device, IO=TYPES[x.dtype],
+        PARAMETER=TYPES[filters.dtype], WIDTH=weight.shape[1], SILU=int(silu),
+    )  # fmt: skip
+    launch(
+        (-(-channels // 128), min(batch, 65535)), 128, conv_state, *conv_state.stride(), x, *x.stride(), filters, bias,
+        y, batch, channels,
+    )  # fmt: skip
+    return y
+
+
+_step = torch.library.custom_op(
+    "mambakit::cuda_causal_conv1d_step", mutates_args=("conv_state",), device_types="cuda"
+)(_run_step)
+
+
+@_step.register_fake
+def _(conv_state, x, weight, bias, silu):
+    return x.new_empty(x.shape)
+
+
+def causal_conv1d_step(
+    conv_state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    """Arguments as in `mambakit.ops.causal_conv1d_step`."""
+    if torch.compiler.is_compiling():
+        y: Tensor = _step(conv_state, x, weight, bias, activation == "silu")
+        return y
+    # A step has no gradient, so it needs no operator, whose call takes longer than the kernel.
+    increment_version(conv_state)
+    return _run_step(conv_state, x, weight, bias, activation == "silu")
+
+
+def variants() -> Variants:
+    """The kernels of the usual widths and dtypes; every branch of the sources is in one of them."""
+    found: Variants = []
+    for name, numbers in (("forward", FORWARD_NUMBERS), ("backward", BACKWARD_NUMBERS)):
+        for dtype, width, index in (
+            (torch.bfloat16, 4, None),
+            (torch.float16, 4, torch.int64),
+            (torch.float32, 4, None),
+            (torch.bfloat16, 7, None),
+        ):
+            most = _most(numbers, torch.empty(0, dtype=dtype), torch.empty(0, width))
+            constants = _constants(dtype, torch.float32, width, most, True, index)
+            found.append((f"causal_conv1d_{name}.cu", f"causal_conv1d_{name}", constants))
+    step: dict[str, int | str] = {"IO": "bfloat16", "PARAMETER": "float", "WIDTH": 4, "SILU": 1}
+    return [*found, ("causal_conv1d_step.cu", "causal_conv1d_step", step)]

@@ -1,0 +1,43 @@
+// Neighbouring numbers, moved between memory and registers in accesses of up to 16 bytes.
+#pragma once
+#include "numbers.cuh"
+
+template <class T, int COUNT> struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Vector { T items[COUNT]; };
+
+template <int COUNT, class T> __device__ __forceinline__ Vector<T, COUNT> read(const T* from) {
+  return *reinterpret_cast<const Vector<T, COUNT>*>(from);
+}
+
+template <class T, int COUNT> __device__ __forceinline__ void unpack(float (&x)[COUNT], const Vector<T, COUNT>& packed) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) x[i] = to_float(packed.items[i]);
+}
+
+// Two numbers in one instruction: the first in the low half.
+template <class T> __device__ __forceinline__ unsigned pack(float first, float second);
+template <> __device__ __forceinline__ unsigned pack<bfloat16>(float first, float second) {
+  unsigned word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+template <> __device__ __forceinline__ unsigned pack<float16>(float first, float second) {
+  unsigned word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+
+template <class T, int COUNT> __device__ __forceinline__ void write(T* to, const float (&x)[COUNT]) {
+  Vector<T, COUNT> packed;
+  if constexpr (sizeof(T) == 4 || COUNT == 1) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) packed.items[i] = from_float<T>(x[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 2) {
+      const unsigned word = pack<T>(x[i], x[i + 1]);
+      packed.items[i].bits = (unsigned short)word;
+      packed.items[i + 1].bits = (unsigned short)(word >> 16);
+    }
+  }
+  *reinterpret_cast<Vector<T, COUNT>*>(to) = packed;
+}
