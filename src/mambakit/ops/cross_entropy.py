@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mambakit.errors import ArgumentError
 from mambakit.ops.checks import check_device, check_float, check_integer, check_rank, check_shape
-from mambakit.ops.dispatch import implementation
+from mambakit.ops.dispatch import implementation, resolve_backend
 
 
 def linear_cross_entropy(
@@ -36,7 +36,8 @@ def linear_cross_entropy(
 
     Raises:
         ShapeError, DtypeError: An argument does not fit.
-        ArgumentError: A target lies outside [0, V).
+        ArgumentError: A target lies outside [0, V). The cuda backend does not raise, since it would have to wait for
+            the GPU: its loss and gradients are nan then.
         BackendError: The named backend cannot run this call here.
 
     Numerics: softmax, sums and the gradient of weight in float32; logits in the dtype of the matrix products.
@@ -54,11 +55,12 @@ def linear_cross_entropy(
     check_integer(targets=targets)
     check_device(hidden, weight=weight, targets=targets)
     hidden, targets = hidden.reshape(-1, width), targets.reshape(-1)
-    if not torch.compiler.is_compiling():
-        _check_targets(targets, vocab, ignore_index)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    run = implementation("linear_cross_entropy", backend, hidden.device, hidden.dtype)
+    chosen = resolve_backend(backend, hidden.device, hidden.dtype)
+    if chosen != "cuda" and not torch.compiler.is_compiling():
+        _check_targets(targets, vocab, ignore_index)
+    run = implementation("linear_cross_entropy", chosen, hidden.device, hidden.dtype)
     loss: Tensor = run(hidden, weight, targets.long(), ignore_index)
     return loss
 
