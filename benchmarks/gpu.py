@@ -93,16 +93,6 @@ def matmul_rate(width: int = 8192) -> float:
     return time_calls([lambda: a @ b]).rate(2 * width**3).median
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A plain table, the first column to the left and numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    print(f"\n{title}")
-    for row in (header, ["-" * width for width in widths], *rows):
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join(cells).rstrip())
-
-
 def merge(path: Path, environment: dict[str, Any], rows: list[dict[str, Any]], key: str) -> None:
     """Write rows to a JSON file, in place of its rows with the same `key`.
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu import gpu_environment, print_table, rotation, size, time_calls
+from gpu import gpu_environment, rotation, size, time_calls
 from mambakit import ops
-from report import save
+from report import print_table, save
 
 BATCH, SEQLEN, D_INNER, D_MODEL, VOCAB = 32, 2048, 1536, 768, 50280
 Tensors = dict[str, Tensor]

@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu import gpu_environment, merge, print_table
+from gpu import gpu_environment, merge
 from mambakit.models import (
     PRESETS,
     TRANSFORMER_PRESETS,
     MambaLanguageModel,
     TransformerLanguageModel,
 )
-from report import Measurement
+from report import Measurement, print_table
 
 Model = MambaLanguageModel | TransformerLanguageModel
 MODELS: dict[str, Callable[[], Model]] = {

@@ -1,14 +1,15 @@
-"""What the benchmark scripts share: medians with their spread, the environment, and JSON files."""
+"""What the benchmark scripts share: medians with their spread, the environment, tables and JSON files."""
 
 from __future__ import annotations
 
 import datetime
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,13 @@ def forward_and_backward(
 
 def environment() -> dict[str, Any]:
     """What a number depends on: date, commit, device, versions, threads."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit.strip() or "unknown",
         "mambakit": mambakit.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -90,6 +92,16 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A plain table, the first column to the left and numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    print(f"\n{title}")
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  ".join(cells).rstrip())
 
 
 def save(path: Path, results: dict[str, Any]) -> None:

@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from gpu import gpu_environment, print_table, rotation, size, time_calls
+from gpu import gpu_environment, rotation, size, time_calls
 from mambakit.ops import selective_scan
-from report import Measurement, save
+from report import Measurement, print_table, save
 
 D_STATE = 16
 SHAPES = ((8, 5120, 2048), (8, 1536, 2048), (1, 1536, 65536), (1, 5120, 2048), (64, 1536, 512))
