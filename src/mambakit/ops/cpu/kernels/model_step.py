@@ -12,11 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from mambakit.ops.cpu.kernels import causal_conv1d, selective_scan_step
+from mambakit.ops.cpu.kernels import causal_conv1d
 from mambakit.ops.cpu.kernels.linear import product
 from mambakit.ops.cpu.kernels.memory import count, counted, floats
 from mambakit.ops.cpu.kernels.rms_norm import normalise
-from mambakit.ops.cpu.kernels.simd import LOG2_E, exp2, kernel, sigmoid, softplus
+from mambakit.ops.cpu.kernels.simd import LOG2_E, any_order, exp2, kernel, sigmoid, softplus
+
+ZERO = np.float32(0)
 
 NORM, IN_PROJ, X_PROJ, SCAN, OUT_PROJ = range(5)
 PARTS = 5
@@ -75,31 +77,50 @@ def in_proj(first, last, sizes, layer, rows):
             rows.x[b, c] = causal_conv1d.advance(state[b, c], xz[c : c + 1], taps[c], bias[c], True)
 
 
+@any_order
+def advance(state, decays, inputs, B, C, sums):
+    """States of some channels, (channels, N), one step on; sums: of C h, (channels,)."""
+    for c in range(inputs.size):
+        h, decay, total = state[c], decays[c], ZERO
+        for n in range(h.size):
+            h_n = decay[n] * h[n] + inputs[c] * B[n]
+            h[n] = h_n
+            total += C[n] * h_n
+        sums[c] = total
+
+
 @register_jitable
 def scan(first, last, sizes, layer, rows):
-    """Dt and the scan of some channels."""
-    batch, d_inner, d_state, dt_rank = (
-        rows.x.shape[0],
-        sizes.d_inner,
-        sizes.d_state,
-        sizes.dt_rank,
-    )
+    """Dt and the scan of some channels; loops over rows, so that they become vectors."""
+    batch, d_inner, d_state, dt_rank = rows.x.shape[0], sizes.d_inner, sizes.d_state, sizes.dt_rank
+    width = last - first
     product(first, last, rows.steering, floats(layer.dt_proj, (d_inner, dt_rank)), None, rows.dt)
-    dt_bias, D = floats(layer.dt_bias, (d_inner,)), floats(layer.D, (d_inner,))
-    A_log = floats(layer.A_log, (d_inner, d_state))
-    state = floats(layer.ssm_state, (batch, d_inner, d_state))
-    A = np.empty(d_state, np.float32)
-    for c in range(first, last):
-        A_log_row = A_log[c]
-        for n in range(d_state):
-            A[n] = -exp2(LOG2_E * A_log_row[n])
-        for b in range(batch):
-            steering, x, z = rows.steering[b], rows.x[b, c], rows.xz[b, d_inner + c]
-            B = steering[dt_rank : dt_rank + d_state]
-            C = steering[dt_rank + d_state : dt_rank + 2 * d_state]
-            step_size = softplus(rows.dt[b, c] + dt_bias[c])
-            y = selective_scan_step.advance(state[b, c], A, B, C, step_size, x) + D[c] * x
-            rows.y[b, c] = y * (z * sigmoid(z))
+    dt_bias, D = (
+        floats(layer.dt_bias, (d_inner,))[first:last],
+        floats(layer.D, (d_inner,))[first:last],
+    )
+    states = floats(layer.ssm_state, (batch, d_inner, d_state))
+    A_log = floats(layer.A_log, (d_inner, d_state))[first:last].reshape(width * d_state)
+    rates, decays = np.empty(A_log.size, np.float32), np.empty(A_log.size, np.float32)
+    inputs = np.empty(width, np.float32)
+    for i in range(A_log.size):
+        rates[i] = -LOG2_E * exp2(LOG2_E * A_log[i])
+    for b in range(batch):
+        x, y, dt = rows.x[b, first:last], rows.y[b, first:last], rows.dt[b, first:last]
+        z = rows.xz[b, d_inner + first : d_inner + last]
+        B = rows.steering[b, dt_rank : dt_rank + d_state]
+        C = rows.steering[b, dt_rank + d_state : dt_rank + 2 * d_state]
+        for c in range(width):
+            dt[c] = softplus(dt[c] + dt_bias[c])
+        for c in range(width):
+            inputs[c] = dt[c] * x[c]
+            for n in range(d_state):
+                decays[c * d_state + n] = dt[c] * rates[c * d_state + n]
+        for i in range(decays.size):
+            decays[i] = exp2(decays[i])
+        advance(states[b, first:last], decays.reshape((width, d_state)), inputs, B, C, y)
+        for c in range(width):
+            y[c] = (y[c] + D[c] * x[c]) * (z[c] * sigmoid(z[c]))
 
 
 @register_jitable

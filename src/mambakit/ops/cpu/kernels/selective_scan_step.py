@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from numba.extending import register_jitable
-
 from mambakit.ops.cpu.kernels.decay import decay
 from mambakit.ops.cpu.kernels.simd import dot, kernel, load, sigmoid, softplus, store
 
 
-@register_jitable
-def advance(h, A, B, C, step_size, x):
-    """One step of one channel, whose states h (N,) move on: the sum of C h.
-
-    The vector here is the states, which are neighbours in memory.
-    """
-    u = step_size * x
-    for n in range(h.size):
-        h[n] = decay(step_size, A[n]) * h[n] + u * B[n]
-    return dot(C, h)
-
-
 @kernel
 def step(first, last, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y):
-    """Advance the state (B, D, N) and write y (B, D); B and C: (B or 1, groups, N). Complex where A is."""
-    d_inner = A.shape[0]
+    """Advance the state (B, D, N) and write y (B, D); B and C: (B or 1, groups, N). Complex where A is.
+
+    The vector here is the states of one channel, which are neighbours in memory.
+    """
+    d_inner, d_state = A.shape
     for b in range(first, last):
         x_row, dt_row, y_row = x[b], dt[b], y[b]
         for c in range(d_inner):
             B_row = B[b % B.shape[0], c * B.shape[1] // d_inner]
             C_row = C[b % C.shape[0], c * C.shape[1] // d_inner]
+            h, A_row = state[b, c], A[c]
             step_size = load(dt_row, c)
             if dt_bias is not None:
                 step_size += dt_bias[c]
             if dt_softplus:
                 step_size = softplus(step_size)
-            total = advance(state[b, c], A[c], B_row, C_row, step_size, load(x_row, c))
+            u = step_size * load(x_row, c)
+            for n in range(d_state):
+                h[n] = decay(step_size, A_row[n]) * h[n] + u * B_row[n]
+            total = dot(C_row, h)
             if D is not None:
                 total += D[c] * load(x_row, c)
             if z is not None:
