@@ -182,11 +182,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     *tensors, initial_state, restart, dt_softplus, _ = inputs
     ctx.save_for_backward(*tensors, restart, output[2])
     ctx.dt_softplus, ctx.has_initial_state = dt_softplus, initial_state is not None
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)  # Not for `saved`, which is as large as x and has none.
 
 
-def _gradients(ctx: Any, dy: Tensor, dstate: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
+    x, A = saved[0], saved[2]
+    dy = torch.zeros_like(x) if dy is None else dy
+    dstate = A.new_zeros(x.shape[0], *A.shape) if dstate is None else dstate
     D, z, dt_bias = saved[5:8]
     dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = _backward(dy, dstate, *saved, ctx.dt_softplus)
     return (
