@@ -9,20 +9,19 @@ Also the products of a decoding step: `linear_step` beside PyTorch's, for every 
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from mambakit.models import MambaLanguageModel, preset
 from mambakit.ops.linear import linear_step
-from report import Measurement, environment, measure, save
+from report import Measurement, environment, measure, print_table, save
 
-PROMPT, STEPS = 512, 32
+PROMPT, STEPS = 512, 64
 BATCHES = (1, 4, 8)
 
 
@@ -32,16 +31,23 @@ def reading(model: MambaLanguageModel) -> Measurement:
     return measure(lambda: model.prefill(tokens), repeats=7).rate(PROMPT)
 
 
-def writing(model: MambaLanguageModel, batch: int) -> Measurement:
-    """Tokens a second, over all sequences of the batch."""
+def writing(model: MambaLanguageModel, batch: int) -> tuple[Measurement, Measurement]:
+    """Tokens a second over all sequences of the batch; steps a second if PyTorch summed up as many numbers as weights.
+
+    The sum goes at the speed of the memory. The two take turns, since on a shared machine that changes.
+    """
     state = model.initial_state(batch)
     tokens = torch.randint(model.config.vocab_size, (batch,))
-
-    def steps() -> None:
-        for _ in range(STEPS):
-            model.step(tokens, state)
-
-    return measure(steps, repeats=7).rate(STEPS * batch)
+    numbers = torch.ones(model.num_parameters())
+    steps, sums = [], []
+    for _ in range(STEPS + 1):
+        start = time.perf_counter()
+        model.step(tokens, state)
+        done = time.perf_counter()
+        numbers.sum()
+        steps.append(done - start)
+        sums.append(time.perf_counter() - done)
+    return Measurement.of(steps[1:]).rate(batch), Measurement.of(sums[1:]).rate(1)
 
 
 @torch.no_grad()
@@ -70,27 +76,28 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = MambaLanguageModel(preset("130m"))
-    console = Console()
     results: dict[str, Any] = {"environment": environment()}
+    rate = reading(model)
+    results[f"prompt of {PROMPT}"] = asdict(rate)
+    speeds = [(f"prompt of {PROMPT}", f"{rate.median:.1f}", f"±{rate.spread:.0%}", "")]
+    for batch in BATCHES:
+        rate, roof = writing(model, batch)
+        results[f"decode, batch {batch}"] = {**asdict(rate), "memory_steps": asdict(roof)}
+        share = rate.median / batch / roof.median
+        name = f"decode, batch {batch}"
+        speeds.append((name, f"{rate.median:.1f}", f"±{rate.spread:.0%}", f"{share:.0%}"))
+    header = ("", "tokens/s", "spread", "of the memory's speed")
+    print_table("130M parameters, float32", header, speeds)
 
-    speeds = Table("", "tokens/s", "spread", title="130M parameters, float32")
-    cases = {f"prompt of {PROMPT}": partial(reading, model)}
-    cases |= {f"decode, batch {batch}": partial(writing, model, batch) for batch in BATCHES}
-    for name, case in cases.items():
-        rate = case()
-        speeds.add_row(name, f"{rate.median:.1f}", f"{100 * rate.spread:.0f} %")
-        results[name] = asdict(rate)
-    console.print(speeds)
-
-    table = Table("matrix", "rows", "PyTorch", "linear_step", title="products of a step, GB/s")
+    table = []
     mixer = model.backbone.layers[0].mixer
     matrices = ("in_proj", "x_proj", "dt_proj", "out_proj")
     for name, layer in {**{n: getattr(mixer, n) for n in matrices}, "head": model.lm_head}.items():
         for rows in BATCHES:
             rates = products(layer.weight.detach(), rows)
-            table.add_row(name, str(rows), *(f"{rate.median / 1e9:.1f}" for rate in rates))
+            table.append((name, str(rows), *(f"{rate.median / 1e9:.1f}" for rate in rates)))
             results[f"{name}, {rows} rows"] = [asdict(rate) for rate in rates]
-    console.print(table)
+    print_table("products of a step, GB/s", ("matrix", "rows", "PyTorch", "linear_step"), table)
     if path is not None:
         save(path, results)
 

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from mambakit.models import MambaLanguageModel, preset
-from report import Measurement, environment, save
+from mambakit.ops.cpu.features import slow_bfloat16
+from report import Measurement, environment, print_table, save
 
 SEQLEN = 512
 Loss = Callable[[Tensor], Tensor]
@@ -69,19 +68,34 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
 
-    rows: list[dict[str, Any]] = []
-    table = Table("", "precision", "", "tokens/s", "spread", title="130M parameters, 1 x 512")
-    cases = [("mambakit", ours, torch.float32), ("mambakit", ours, torch.bfloat16)]
+    cases = [("mambakit", ours, torch.float32)]
+    if (reason := slow_bfloat16()) is None:
+        cases.append(("mambakit", ours, torch.bfloat16))
+    else:
+        print(f"bfloat16 is left out: {reason}")
     if arguments.peers:
         cases.append(("transformers", transformers, torch.float32))
+    rows: list[dict[str, Any]] = []
     for name, make, dtype in cases:
         torch.manual_seed(0)
         repeats = 1 if make is transformers else arguments.repeats
+        precision = str(dtype).removeprefix("torch.")
         for what, rate in measure_steps(*make(), dtype, repeats).items():
-            precision = str(dtype).removeprefix("torch.")
-            table.add_row(name, precision, what, f"{rate.median:.1f}", f"±{rate.spread:.0%}")
             rows.append({"model": name, "precision": precision, "what": what, **vars(rate)})
-    Console().print(table)
+    print_table(
+        "130M parameters, 1 x 512",
+        ("", "precision", "", "tokens/s", "spread"),
+        [
+            (
+                row["model"],
+                row["precision"],
+                row["what"],
+                f"{row['median']:.1f}",
+                f"±{row['spread']:.0%}",
+            )
+            for row in rows
+        ],
+    )
     if arguments.json:
         save(arguments.json, {"environment": environment(), "rows": rows})
 

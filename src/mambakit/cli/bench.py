@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mambakit.cli.parsing import parse
+from mambakit.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,7 @@ def run(args: Sequence[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from mambakit.ops.cpu.features import check_bfloat16
     from mambakit.train.distributed import find_device
 
     device = find_device(options.device)
@@ -67,9 +69,13 @@ def run(args: Sequence[str]) -> int:
     with console.status("measuring"):
         for scan_row in _scan(device):
             scans.add_row(*scan_row)
-        for precision in ("float32", "bfloat16"):
-            dtype = getattr(torch, precision)
-            speeds.add_row(precision, *_model_rates(model, options.seqlen, device, dtype))
+        speeds.add_row("float32", *_model_rates(model, options.seqlen, device, torch.float32))
+        try:
+            check_bfloat16(device)
+        except ConfigError as error:
+            speeds.caption = str(error)
+        else:
+            speeds.add_row("bfloat16", *_model_rates(model, options.seqlen, device, torch.bfloat16))
     console.print(scans)
     console.print(speeds)
     return 0

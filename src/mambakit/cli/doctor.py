@@ -30,7 +30,6 @@ PACKAGES = (
     "tensorboard",
 )
 DTYPES = ("float32", "bfloat16", "float16", "float64", "complex64")
-CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bf16", "amx-bf16", "neon", "sve", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +72,13 @@ def _hardware() -> Iterator[tuple[str, str]]:
     import llvmlite.binding
     import torch
 
+    from mambakit.ops.cpu import features
     from mambakit.train.memory import device_memory
 
-    features = llvmlite.binding.get_host_cpu_features()
-    known = [name for name in CPU_FEATURES if features.get(name)]
-    yield "cpu", f"{llvmlite.binding.get_host_cpu_name()} with {', '.join(known) or 'no SIMD'}"
+    found = ", ".join(name for name in features.KNOWN if name in features.features())
+    yield "cpu", f"{llvmlite.binding.get_host_cpu_name()} with {found or 'no SIMD'}"
+    reason = features.slow_bfloat16()
+    yield "bfloat16", f"no: {reason}; use float32" if reason else "no reason against it on this CPU"
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()}; OMP_NUM_THREADS sets them"
     memory = device_memory(torch.device("cpu"))
     yield "memory", "unknown" if memory is None else f"{memory / 2**30:.1f} GiB"

@@ -22,6 +22,7 @@ from mambakit.errors import ConfigError, TrainingError
 from mambakit.evaluate.perplexity import count_bytes, score
 from mambakit.models.checkpoint import load_model
 from mambakit.models.language_model import MambaLanguageModel
+from mambakit.ops.cpu.features import check_bfloat16
 from mambakit.train import checkpointing, run_folder
 from mambakit.train.callbacks import Callback
 from mambakit.train.config import TrainConfig, write_toml
@@ -68,7 +69,7 @@ class Trainer:
         log: Of the running `fit`.
 
     Raises:
-        ConfigError: The config does not fit the data, or the run that it should go on with.
+        ConfigError: The config does not fit the data, the machine, or the run that it should go on with.
         DataError: The data cannot be used.
         MambakitError: The run folder cannot be written.
 
@@ -109,6 +110,8 @@ class Trainer:
             world_size=self.world.size,
             documents=config.documents,
         )
+        if config.precision == "bfloat16":
+            check_bfloat16(self.world.device)
         check_fits(config.model, self.world.device)
         torch.manual_seed(config.seed)
         model = model or MambaLanguageModel(config.model)

@@ -10,17 +10,29 @@ import torch
 from mambakit.cli import bench
 from mambakit.cli.main import main
 from mambakit.models import MambaConfig, MambaLanguageModel, save_model
+from mambakit.ops.cpu import features
 
 
+@pytest.mark.parametrize("has_bfloat16", [True, False])
 def test_it_prints_a_rate_for_every_job(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    has_bfloat16: bool,
 ) -> None:
+    monkeypatch.setattr(features, "features", lambda: {"avx512bf16"} if has_bfloat16 else {"avx2"})
+    monkeypatch.setattr(features.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(bench, "SCAN", (64, 32, 16))
     monkeypatch.setattr(bench, "BUDGET_SECONDS", 0.0)
     save_model(MambaLanguageModel(MambaConfig(d_model=16, n_layer=1, vocab_size=16)), tmp_path)
     assert main(["bench", "--checkpoint", str(tmp_path), "--seqlen", "16", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    for row, count in (("cpu", 2), ("reference", 2), ("float32", 3), ("bfloat16", 3)):
+    expected = {"cpu": 2, "reference": 2, "float32": 3}
+    if has_bfloat16:
+        expected["bfloat16"] = 3
+    else:
+        assert "got bfloat16, but this CPU" in " ".join(out.split())
+    for row, count in expected.items():
         (numbers,) = re.findall(rf"^│ {row} +│(.*)│$", out, re.MULTILINE)
         rates = [float(number.replace(",", "")) for number in numbers.split("│")]
         assert len(rates) == count

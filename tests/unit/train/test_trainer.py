@@ -16,6 +16,7 @@ from mambakit.evaluate import count_bytes, score
 from mambakit.models.checkpoint import load_model
 from mambakit.models.config import MambaConfig
 from mambakit.models.language_model import MambaLanguageModel
+from mambakit.ops.cpu import features
 from mambakit.train import Callback, Outcome, TrainConfig, Trainer
 from mambakit.train import trainer as trainer_module
 from mambakit.train.checkpointing import find_model, list_checkpoints
@@ -262,7 +263,10 @@ def test_skipping_gives_up_in_the_end(
         Trainer(make_config(non_finite="skip"), callbacks=[poison]).fit()
 
 
-def test_bfloat16_keeps_float32_weights(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_bfloat16_keeps_float32_weights(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "features", lambda: {"avx512f", "avx512bf16"})
     exact = Trainer(make_config(out=tmp_path / "float32"))
     rough = Trainer(make_config(precision="bfloat16"))
     for trainer in (exact, rough):
@@ -271,6 +275,15 @@ def test_bfloat16_keeps_float32_weights(make_config: MakeConfig, tmp_path: Path)
     losses = [read_log(t.config.out / "log.jsonl")[0]["train_loss_nats"] for t in (exact, rough)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_bfloat16_on_a_cpu_without(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "features", lambda: {"avx2"})
+    monkeypatch.setattr(features.platform, "machine", lambda: "x86_64")
+    with pytest.raises(ConfigError, match="precision: got bfloat16, but this CPU .* use float32"):
+        Trainer(make_config(precision="bfloat16"))
 
 
 def test_activation_checkpointing_changes_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
