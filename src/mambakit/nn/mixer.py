@@ -10,13 +10,17 @@ from torch import Tensor, nn
 
 from mambakit.nn.conv import CausalConv1d, convolve
 from mambakit.nn.initial import a_imag_init, a_log_init, b_init, c_init, dt_bias_init
+from mambakit.nn.joined_gradients import linear_beside, linear_in_halves
 from mambakit.nn.linear import DtProjection, Linear, project_to
-from mambakit.nn.recomputation import Recomputation, is_plain
+from mambakit.nn.recomputation import Recomputation, is_eager_autograd, is_plain
 from mambakit.nn.state import MixerState
 from mambakit.ops import selective_scan, selective_scan_step
 
 RECOMPUTES_ON = ("cuda",)
 """Devices where x and dt are made again in the backward. A CPU has memory, and would take 5 % more time."""
+
+JOINS_ON = ("cuda",)
+"""Devices where gradients are added within matrix products. On a CPU a pass over memory costs little beside those."""
 
 
 class MambaMixer(nn.Module):
@@ -109,7 +113,11 @@ class MambaMixer(nn.Module):
         Returns:
             (B, L, M), and the state after the last position.
         """
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        joins = _joins_gradients(hidden)
+        if joins and is_plain(self.in_proj, Linear):
+            x, z = linear_in_halves(hidden, self.in_proj.weight, self.in_proj.bias)
+        else:
+            x, z = self.in_proj(hidden).chunk(2, dim=-1)
         old_conv_state, ssm_state = (state.conv_state, state.ssm_state) if state else (None, None)
         # The backward pass needs x and dt, each as large as z, but they are cheap to make again.
         with Recomputation(wanted=hidden.device.type in RECOMPUTES_ON) as again:
@@ -117,7 +125,10 @@ class MambaMixer(nn.Module):
             x, conv_state = self.conv1d(*inputs)
             if is_plain(self.conv1d, CausalConv1d):
                 again.instead_of(x, convolve, self.conv1d.weight, self.conv1d.bias, *inputs)
-            dt, B, C = self._steering(x, again)
+            projected = None
+            if joins and self.x_proj is not None and is_plain(self.x_proj, Linear):
+                x, projected = linear_beside(x, self.x_proj.weight)
+            dt, B, C = self._steering(x, projected, again)
             A, dt_bias = self._decay(), self._dt_bias()
             y, ssm_state = selective_scan(
                 x, dt, A, B, C, self.D, z, dt_bias, True, initial_state=ssm_state, seq_idx=seq_idx
@@ -147,18 +158,25 @@ class MambaMixer(nn.Module):
         )
 
     def _steering(
-        self, x: Tensor, again: Recomputation | None = None
+        self, x: Tensor, projected: Tensor | None = None, again: Recomputation | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What steers the scan at x, (..., D): dt before bias and softplus, B and C."""
-        projected = (x, x, x)  # What is not selective is not looked at.
+        """What steers the scan at x, (..., D): dt before bias and softplus, B and C.
+
+        Args:
+            x: Output of the convolution.
+            projected: x_proj(x), if that is there already.
+            again: Learns how to make dt again.
+        """
+        parts = (x, x, x)  # What is not selective is not looked at.
         if self.x_proj is not None:
-            projected = self.x_proj(x).split(self._sizes, dim=-1)
-        dt = self.dt_proj(projected[0]) if self._sizes[0] else x.new_zeros(1).expand_as(x)
+            projected = self.x_proj(x) if projected is None else projected
+            parts = projected.split(self._sizes, dim=-1)
+        dt = self.dt_proj(parts[0]) if self._sizes[0] else x.new_zeros(1).expand_as(x)
         if again is not None and self._sizes[0] and is_plain(self.dt_proj, DtProjection):
-            again.instead_of(dt, project_to(dt.dtype), projected[0], self.dt_proj.weight)
+            again.instead_of(dt, project_to(dt.dtype), parts[0], self.dt_proj.weight)
         is_step = x.ndim == 2
-        B = self._weight(projected[1], self.B, is_step)
-        C = self._weight(projected[2], self.C, is_step)
+        B = self._weight(parts[1], self.B, is_step)
+        C = self._weight(parts[2], self.C, is_step)
         return dt, B, C
 
     def _weight(self, projected: Tensor, constant: Tensor | None, is_step: bool) -> Tensor:
@@ -198,6 +216,11 @@ class MambaMixer(nn.Module):
         super()._apply(keep_float32, recurse)  # type: ignore[no-untyped-call]
         _mark_no_weight_decay(self)
         return self
+
+
+def _joins_gradients(hidden: Tensor) -> bool:
+    # Float64 runs on the reference, which has second derivatives; joined gradients have none.
+    return hidden.device.type in JOINS_ON and hidden.dtype != torch.float64 and is_eager_autograd()
 
 
 def _mark_no_weight_decay(mixer: MambaMixer, *_: object) -> None:

@@ -148,12 +148,18 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _is_ours() -> bool:
-    """Whether what autograd saves here is for us to decide."""
-    autograd: Any = torch._C._autograd  # There is no public way to see hooks that are in force.
+def is_eager_autograd() -> bool:
+    """Whether autograd records here, outside of `torch.compile` and of transforms of `torch.func`."""
+    # A transform turns hooks off. There is no public way to see that, nor hooks that are in force.
+    autograd: Any = torch._C._autograd
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and autograd._saved_tensors_hooks_is_enabled()
-        and autograd._top_saved_tensors_default_hooks(False) is None
     )
+
+
+def _is_ours() -> bool:
+    """Whether what autograd saves here is for us to decide."""
+    autograd: Any = torch._C._autograd
+    return is_eager_autograd() and autograd._top_saved_tensors_default_hooks(False) is None

@@ -1,0 +1,178 @@
+"""What a training step keeps in a GPU's memory, and that it does not wait for the GPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from torch import Tensor
+
+from mambakit.data import prepare
+from mambakit.models import MambaConfig, MambaLanguageModel
+from mambakit.nn import MambaMixer
+from mambakit.nn import mixer as mixer_module
+from mambakit.ops import linear_cross_entropy
+from mambakit.train import TrainConfig, Trainer
+
+pytestmark = pytest.mark.gpu
+
+
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """The calls within that wait for the GPU."""
+    found: list[str] = []
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found += [str(w.message) for w in caught if "synchronizing" in str(w.message)]
+
+
+def test_waits_are_noticed() -> None:
+    with waits() as found:
+        torch.ones(1, device="cuda").item()
+    assert len(found) == 1
+
+
+def loss_inputs(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(rows, 64, device="cuda").to(dtype).requires_grad_()
+    weight = torch.randn(vocab, 64, device="cuda", requires_grad=True)
+    return hidden, weight, torch.randint(vocab, (rows,), device="cuda")
+
+
+def test_the_loss_waits_for_nothing() -> None:
+    hidden, weight, targets = loss_inputs(300, 1003, torch.bfloat16)
+    linear_cross_entropy(hidden, weight, targets).backward()
+    with waits() as found:
+        linear_cross_entropy(hidden, weight, targets).backward()
+    assert found == []
+
+
+@pytest.mark.parametrize("wrong", [-1, 1003, 2**40])
+def test_a_target_that_is_no_class_makes_the_loss_nan(wrong: int) -> None:
+    hidden, weight, targets = loss_inputs(300, 1003, torch.bfloat16)
+    targets[7] = wrong
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    assert loss.isnan()
+    assert weight.grad is not None
+    assert weight.grad.isnan().all()
+    assert hidden.grad is not None
+    assert hidden.grad[7].isnan().all()
+    assert hidden.grad[8].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [50280, 50277, 131_075])
+def test_rows_that_shared_memory_holds_and_that_it_does_not(vocab: int, dtype: torch.dtype) -> None:
+    inputs = {"hidden": torch.randn(40, 64).to(dtype), "weight": torch.randn(vocab, 64) / 4}
+    targets = torch.randint(vocab, (40,), device="cuda")
+    targets[:2] = torch.tensor([0, vocab - 1])
+
+    def op(hidden: Tensor, weight: Tensor, backend: str) -> Tensor:
+        where = targets.to(hidden.device)
+        return linear_cross_entropy(hidden, weight, where, backend=backend)
+
+    assert_accurate(op, [inputs], "cuda")
+
+
+def test_the_loss_alone_is_the_loss_with_gradients() -> None:
+    hidden, weight, targets = loss_inputs(300, 1003, torch.bfloat16)
+    with torch.no_grad():
+        alone = linear_cross_entropy(hidden, weight, targets)
+    assert torch.equal(alone, linear_cross_entropy(hidden, weight, targets).detach())
+
+
+def mixed(mixer: MambaMixer, hidden: Tensor) -> tuple[list[Tensor], int]:
+    """The output with all gradients, and the bytes kept between forward and backward."""
+    leaves = [hidden, *mixer.parameters()]
+    before = torch.cuda.memory_allocated()
+    with torch.autocast("cuda", torch.bfloat16):
+        y = mixer(hidden)[0]
+    kept = torch.cuda.memory_allocated() - before
+    gradients = torch.autograd.grad(y.float().square().sum(), leaves)
+    return [y.detach(), *gradients], kept
+
+
+def test_the_mixer_keeps_neither_x_nor_dt(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer = MambaMixer(64).cuda()
+    hidden = torch.randn(4, 512, 64, device="cuda", requires_grad=True)
+    mixed(mixer, hidden)
+    ours, kept = mixed(mixer, hidden)
+    monkeypatch.setattr(mixer_module, "RECOMPUTES_ON", ())
+    theirs, kept_by_autograd = mixed(mixer, hidden)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+    assert kept_by_autograd - kept == 2 * 2 * 128 * 4 * 512
+
+
+def test_a_model_step_waits_for_nothing() -> None:
+    model = MambaLanguageModel(MambaConfig(d_model=64, n_layer=2, vocab_size=300)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.randint(300, (2, 2050), device="cuda")
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with waits() as found:
+        step()
+    assert found == []
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    (tmp_path / "text.txt").write_text("all work and no play\n" * 500, encoding="utf-8")
+    prepare(tmp_path / "text.txt", tmp_path / "tokens", valid_fraction=0.1)
+    model = MambaConfig(d_model=64, n_layer=2, vocab_size=257)
+
+    def make(**changes: object) -> Trainer:
+        config = partial(TrainConfig, data=tmp_path / "tokens", out=tmp_path / "run", model=model)
+        return Trainer(config(steps=4, batch_size=2, seqlen=32, device="cuda", **changes))
+
+    return make
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_trainer_waits_once_a_step(
+    make_trainer: Callable[..., Trainer], precision: str, accumulation: int
+) -> None:
+    trainer = make_trainer(precision=precision, accumulation=accumulation)
+    trainer._train_step()
+    with waits() as found:
+        trainer._train_step()
+    assert len(found) == 1
+
+
+def test_a_step_that_is_not_finite_changes_nothing(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(non_finite="skip")
+    monkeypatch.setattr(trainer, "_record", lambda values: None)
+    trainer._train_step()
+    before = [p.clone() for p in trainer.model.parameters()]
+    loss = trainer.model.loss
+
+    def poisoned(*args: object, **options: object) -> tuple[Tensor, object]:
+        value, state = loss(*args, **options)  # type: ignore[arg-type]
+        return value * float("nan"), state
+
+    monkeypatch.setattr(trainer.model, "loss", poisoned)
+    trainer._train_step()
+    for parameter, old in zip(trainer.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
