@@ -1,7 +1,8 @@
 """Linear layers whose backward pass adds gradients where they are, instead of copying them together.
 
 Autograd cats the gradients of two halves before it multiplies them, and adds two gradients of one tensor in a pass of
-its own. The matrix products can do both on the way. On a GPU these passes over memory are 4 % of a training step.
+its own. The matrix products can do both on the way. On a GPU these passes are some 3 % of a training step, by count of
+bytes.
 """
 
 from __future__ import annotations

@@ -22,13 +22,16 @@ TILE = 256
 
 THREADS = 512
 
+ADDS_IN_FLOAT32 = torch.torch_version.TorchVersion(torch.__version__) >= "2.11"
+"""Whether `torch.addmm` adds half-precision products to float32; earlier, the product of a block is rounded first."""
+
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
 ) -> Tensor:
     """Arguments as in `mambakit.ops.linear_cross_entropy`."""
-    trains = torch.is_grad_enabled()
-    of_hidden, of_weight = (trains and tensor.requires_grad for tensor in (hidden, weight))
+    of_hidden = torch.is_grad_enabled() and hidden.requires_grad
+    of_weight = torch.is_grad_enabled() and weight.requires_grad
     loss: Tensor = _forward(hidden, weight, targets, ignore_index, of_hidden, of_weight)[0]
     return loss
 
@@ -167,5 +170,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left right, in float32 whatever the dtype of the factors."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    else:
+    elif ADDS_IN_FLOAT32:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
