@@ -5,7 +5,6 @@ A file is a digest of what follows and then the binary: one that was cut short o
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import warnings
@@ -19,6 +18,7 @@ Binary = bytes
 """Machine code (ELF), or PTX as text."""
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_warned = False
 
 
 def cached(key: str, make: Callable[[], Binary]) -> Binary:
@@ -53,10 +53,13 @@ def folder() -> Path:
     return (Path(user) if user else Path.home() / ".cache") / "mambakit" / "cuda"
 
 
-@functools.cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(
-        f"compiled CUDA kernels are not kept, every process compiles them anew: {reason} "
-        "(or set MAMBAKIT_CACHE to a folder)",
-        stacklevel=2,
-    )
+    """One reason for all kernels: it differs only in the file that could not be written."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"compiled CUDA kernels are not kept, every process compiles them anew: {reason} "
+            "(or set MAMBAKIT_CACHE to a folder)",
+            stacklevel=3,
+        )

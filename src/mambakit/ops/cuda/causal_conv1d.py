@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from mambakit.ops import conv_state as states
 from mambakit.ops.cuda.arrays import TYPES, Variants, lanes, multiprocessors, parameter, readable
 from mambakit.ops.cuda.compiler import kernel
 
@@ -33,9 +32,6 @@ def causal_conv1d(
     """Arguments as in `mambakit.ops.causal_conv1d`."""
     if initial_state is not None:
         initial_state = initial_state.to(x.dtype)
-    if x.shape[1] == 0:
-        past = states.initial(x, weight.shape[1], initial_state)
-        return x.clone(), states.final(x, past, seq_idx)
     observed = torch.is_grad_enabled() or torch.compiler.is_compiling()
     run = _forward if observed else _run
     y, state = run(x, weight, bias, initial_state, seq_idx, activation == "silu")
@@ -54,7 +50,7 @@ def _run(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     state = x.new_empty(_state_shape(x, weight))
     if y.numel() == 0:
-        return y, state
+        return y, state.zero_() if initial_state is None else state.copy_(initial_state)
     x = readable(x)
     along = lanes(_most(FORWARD_NUMBERS, x, weight), x.shape[2], x)
     launch, grid, inputs, length = _prepare(
@@ -92,6 +88,7 @@ def _backward(
     dinitial = torch.empty(_state_shape(x, weight), device=x.device)
     if x.numel() == 0:
         dbias = x.new_empty(0) if bias is None else torch.zeros_like(bias)
+        dinitial = dinitial.zero_() if dstate is None else dinitial.copy_(dstate)
         return dx, torch.zeros_like(weight), dbias, dinitial
     x, dy = readable(x), readable(dy)
     along = lanes(_most(BACKWARD_NUMBERS, x, weight), x.shape[2], x, dy)

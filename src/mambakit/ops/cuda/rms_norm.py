@@ -38,13 +38,11 @@ def _run(
     x: Tensor, residual: Optional[Tensor], weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """y, and x + residual (of no elements without a residual)."""
-    rows, old, w = _rows(x), None if residual is None else _rows(residual), parameter(weight)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = (
-        x.new_empty(0) if old is None else torch.empty(x.shape, dtype=old.dtype, device=x.device)
-    )
+    y = x.new_empty(x.shape)
+    total = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
     if x.numel() == 0:
         return y, total
+    rows, old, w = _rows(x), None if residual is None else _rows(residual), parameter(weight)
     constants = _constants(FORWARD_NUMBERS, 128, rows, old, w)
     launch = kernel(
         "rms_norm_forward.cu", "rms_norm_forward", x.device, ADD=int(old is not None), **constants
@@ -80,18 +78,16 @@ def _backward(
 
     x is the sum with the residual, where that is float32.
     """
-    rows, dy, w = _rows(x), _rows(dy), parameter(weight)
-    old, along = (None if t is None else _rows(t) for t in (residual, dtotal))
-    is_sum = rows.dtype != dy.dtype
-    if is_sum:
-        old = rows
-    count, width = rows.shape
-    dx = torch.empty(x.shape, dtype=dy.dtype, device=x.device)
-    dresidual = x.new_empty(0)
-    if old is not None and old.dtype != dy.dtype:
-        dresidual = torch.empty(x.shape, dtype=old.dtype, device=x.device)
+    is_sum = x.dtype != dy.dtype
+    dx, dresidual = dy.new_empty(x.shape), x.new_empty(0)
+    if is_sum or (residual is not None and residual.dtype != dy.dtype):
+        dresidual = (x if residual is None else residual).new_empty(x.shape)
     if x.numel() == 0:
         return dx, dresidual, torch.zeros_like(weight)
+    rows, dy, w = _rows(x), _rows(dy), parameter(weight)
+    old, along = (None if t is None else _rows(t) for t in (residual, dtotal))
+    old = rows if is_sum else old
+    count, width = rows.shape
     constants = _constants(BACKWARD_NUMBERS, 256, dy, old, w, along, rows)
     block = int(constants["ROWS"]) * int(constants["THREADS"])
     blocks = min(

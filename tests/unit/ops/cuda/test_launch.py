@@ -1,0 +1,134 @@
+"""How arguments reach a kernel; and on a GPU: streams, graphs, threads, shared memory, time to the first launch."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mambakit.ops.cuda import compiler, launch
+
+Write = Callable[..., None]
+SET = 'extern "C" __global__ void set(float* x, long long n, float a, int on) { if (on) x[blockIdx.x] = n * a; }'
+
+
+def test_arguments() -> None:
+    tensor = torch.zeros(3)
+    assert launch._argument(tensor) == tensor.data_ptr()
+    assert launch._argument(None) == 0
+    assert launch._argument(2**40) == 2**40
+    number, flag = launch._argument(0.5), launch._argument(True)
+    assert isinstance(number, ctypes.c_float)
+    assert number.value == 0.5
+    assert isinstance(flag, ctypes.c_int32)
+    assert flag.value == 1
+
+
+@pytest.mark.parametrize("grid", [0, (0, 3), (3, 0), (1, 2, 0)])
+def test_no_blocks_no_launch(grid: int | tuple[int, ...]) -> None:
+    nothing = launch.Kernel.__new__(launch.Kernel)  # Looking at anything of it would fail.
+    nothing(grid, 32)
+
+
+@pytest.fixture
+def set_kernel(write_kernel: Write) -> launch.Kernel:
+    write_kernel(SET)
+    return compiler.kernel("a.cu", "set", torch.device("cuda", 0))
+
+
+@pytest.mark.gpu
+def test_launches_on_the_current_stream(set_kernel: launch.Kernel) -> None:
+    stream, x = torch.cuda.Stream(), torch.zeros(4, device="cuda")
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        set_kernel(4, 1, x, 6, 0.5, True)
+    assert x.sum() == 0  # The default stream does not wait for the other one.
+    stream.synchronize()
+    assert x.tolist() == [3.0] * 4
+    set_kernel(4, 1, x, 7, 1.0, False)
+    assert x.tolist() == [3.0] * 4
+
+
+@pytest.mark.gpu
+def test_first_launch_of_a_kernel_within_a_capture(write_kernel: Write) -> None:
+    write_kernel(SET)
+    x, graph = torch.zeros(4, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        compiler.kernel("a.cu", "set", x.device)(4, 1, x, 6, 0.5, True)
+    assert x.tolist() == [0.0] * 4
+    graph.replay()
+    assert x.tolist() == [3.0] * 4
+
+
+@pytest.mark.gpu
+def test_launches_from_a_thread_that_never_used_the_gpu(set_kernel: launch.Kernel) -> None:
+    x = torch.zeros(1, device="cuda")
+    thread = threading.Thread(target=set_kernel, args=(1, 1, x, 6, 0.5, True))
+    thread.start()
+    thread.join()
+    assert x.item() == 3.0
+
+
+@pytest.mark.gpu
+def test_much_shared_memory(write_kernel: Write) -> None:
+    write_kernel(
+        'extern "C" __global__ void last(float* x, long long n) { extern __shared__ float s[];'
+        "s[n - 1] = 5; __syncthreads(); x[0] = s[n - 1]; }"
+    )
+    x, size = torch.zeros(1, device="cuda"), 99 * 1024
+    compiler.kernel("a.cu", "last", x.device)(1, 1, x, size // 4, shared=size)
+    assert x.item() == 5.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one(write_kernel: Write) -> None:
+    write_kernel(SET)
+    for index in (1, 0):
+        x = torch.zeros(1, device=f"cuda:{index}")
+        compiler.kernel("a.cu", "set", x.device)(1, 1, x, 6, 0.5, True)
+        assert x.item() == 3.0
+        assert torch.cuda.current_device() == 0
+
+
+PROGRAM = """
+import time, torch
+from mambakit.ops import rms_norm
+import cuda.core
+x, weight = torch.ones(2, 768, device="cuda"), torch.ones(768, device="cuda")
+torch.cuda.synchronize()
+start = time.perf_counter()
+rms_norm(x, weight, backend="cuda")
+torch.cuda.synchronize()
+print(time.perf_counter() - start)
+"""
+
+
+@pytest.mark.gpu
+def test_seconds_to_the_first_result(write_kernel: Write) -> None:
+    """The first process on a machine compiles, the second reads the file."""
+
+    def seconds() -> float:
+        run = subprocess.run(
+            [sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True
+        )
+        return float(run.stdout)
+
+    assert seconds() < 3.0
+    assert seconds() < 0.05
+
+
+@pytest.mark.gpu
+def test_ptx_finished_by_the_driver(write_kernel: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that is newer than NVRTC."""
+    write_kernel(SET)
+    monkeypatch.setattr(compiler, "target", lambda *_: "compute_80")
+    x = torch.zeros(1, device="cuda")
+    compiler.kernel("a.cu", "set", x.device)(1, 1, x, 6, 0.5, True)
+    assert x.item() == 3.0
