@@ -51,6 +51,7 @@ class Recomputation:
         if self._hooks:
             self._hooks.__exit__()
         self._known.clear()
+        self._hooks = None  # They know this object: a circle that only garbage collection ends.
 
     def instead_of(self, tensor: Tensor, recipe: Recipe, *inputs: Tensor | None) -> None:
         """Keep `recipe` and `inputs` where autograd would keep `tensor`, or a view of it.
@@ -68,7 +69,7 @@ class Recomputation:
         original, recomputed = self._known.get(_memory(tensor), (None, None))
         # Something written into it since, by an adapter, say, is not in the recipe.
         if original is None or recomputed is None or original._version != recomputed.version:
-            return _Kept.of(tensor)
+            return _Kept(tensor, tensor._version)
         recomputed.views += 1
         return _View(recomputed, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
@@ -83,10 +84,6 @@ class _Kept(NamedTuple):
 
     tensor: Tensor
     version: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Kept:
-        return cls(tensor.detach(), _version(tensor))
 
     def get(self) -> Tensor:
         if _version(self.tensor) != self.version:
@@ -105,7 +102,7 @@ class _Recomputed:
         self.views = 0
         self._device = tensor.device.type
         self._recipe = recipe
-        self._inputs = [None if i is None else _Kept.of(i) for i in inputs]
+        self._inputs = [None if i is None else _Kept(i.detach(), _version(i)) for i in inputs]
         self._value: Tensor | None = None
         self._uses = 0
 
