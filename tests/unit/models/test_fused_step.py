@@ -9,6 +9,7 @@ from torch import nn
 
 from mambakit.models import MambaConfig, MambaLanguageModel, ModelState, fused_step
 from mambakit.ops.cpu import model_step as ops
+from mambakit.ops.cpu.kernels.model_step import HEAD_ROWS
 
 SMALL = {"d_model": 24, "n_layer": 3, "vocab_size": 300}
 
@@ -191,7 +192,7 @@ def test_who_waits_for_a_slow_thread_sleeps_and_goes_on(monkeypatch):
         def sleep(seconds: float) -> None:
             naps.append(seconds)
             if len(naps) == 3:
-                rows.logits[:, :64] = rows.normed @ head[:64].T
+                rows.logits[:, :HEAD_ROWS] = rows.normed @ head[:HEAD_ROWS].T
                 done[-1] += 1
 
         monkeypatch.setattr(time, "sleep", sleep)

@@ -23,7 +23,7 @@ ZERO = np.float32(0)
 NORM, IN_PROJ, X_PROJ, SCAN, OUT_PROJ = range(5)
 PARTS = 5
 """Phases of a layer. After the last layer come the norm and, in the place of in_proj, the head."""
-IN_ROWS, X_ROWS, SCAN_CHANNELS, OUT_ROWS, HEAD_ROWS = 32, 8, 64, 16, 64
+IN_ROWS, X_ROWS, SCAN_CHANNELS, OUT_ROWS, HEAD_ROWS = 64, 8, 64, 32, 128
 """Rows of a matrix, or channels, in a task: 100 KB of weights, which take 10 microseconds."""
 SPINS = 100_000
 """Looks at a counter, about 0.1 ms, before a thread gives up waiting."""
