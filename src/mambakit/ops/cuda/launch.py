@@ -72,6 +72,7 @@ def loaded(binary: bytes, name: str, index: int) -> Kernel:
     Raises:
         BackendError: The driver does not take the binary.
     """
+    from cuda.bindings import driver
     from cuda.core import ObjectCode
 
     make = ObjectCode.from_cubin if binary[:4] == b"\x7fELF" else ObjectCode.from_ptx
@@ -79,8 +80,9 @@ def loaded(binary: bytes, name: str, index: int) -> Kernel:
         _bind(index)
         try:
             function = make(binary).get_kernel(name)
-            # Asking for anything loads the code now: CUDA loads lazily, which a stream capture may forbid.
-            assert function.attributes.num_regs > 0
+            # CUDA loads lazily, at the first launch, which a stream capture may forbid: load now.
+            status, _ = driver.cuKernelGetFunction(driver.CUkernel(int(function.handle)))
+            assert int(status) == 0, status
         except Exception as error:
             raise BackendError(
                 f"the NVIDIA driver cannot load {name} ({error}); update the driver, or use backend='reference'"

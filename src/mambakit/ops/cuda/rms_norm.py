@@ -13,8 +13,11 @@ from mambakit.ops.cuda.compiler import kernel
 FORWARD_NUMBERS = 40
 """Of a row in the registers of one thread: as many as leave room for enough threads."""
 
-BACKWARD_NUMBERS = 20
-"""The same; the backward holds four arrays of this size."""
+BACKWARD_NUMBERS = 12
+"""The same; the backward holds four arrays of this size, and reads three rows at a time."""
+
+BACKWARD_THREADS = 640
+"""Of a multiprocessor, in the backward: their registers, and what they have on its way, suffice."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -88,15 +91,14 @@ def _backward(
     old, along = (None if t is None else _rows(t) for t in (residual, dtotal))
     old = rows if is_sum else old
     count, width = rows.shape
-    constants = _constants(BACKWARD_NUMBERS, 256, dy, old, w, along, rows)
+    constants = _constants(BACKWARD_NUMBERS, 128, dy, old, w, along, rows)
     block = int(constants["ROWS"]) * int(constants["THREADS"])
-    blocks = min(
-        -(-count // int(constants["ROWS"])), multiprocessors(x.device) * max(1, 512 // block)
-    )
+    resident = max(1, BACKWARD_THREADS // block)
+    blocks = min(-(-count // int(constants["ROWS"])), multiprocessors(x.device) * resident)
     dweight = torch.empty(blocks, width, device=x.device)
     launch = kernel(
         "rms_norm_backward.cu", "rms_norm_backward", x.device,
-        FROM=1 if is_sum else 0 if old is None else 2, **constants,
+        FROM=1 if is_sum else 0 if old is None else 2, BLOCKS=resident, **constants,
     )  # fmt: skip
     launch(
         blocks, block, None if is_sum else rows, rows.stride(0), old, 0 if old is None else old.stride(0), w, eps,
@@ -151,7 +153,9 @@ def _constants(
 ) -> dict[str, int | str]:
     """The constants of a kernel whose threads hold at most so many numbers, if a row is not too long for that."""
     tensors = [t for t in (x, residual, weight, *others) if t is not None]
-    along = lanes(16 // max(t.element_size() for t in tensors), x.shape[1], *tensors)
+    fitting = 1 << (most // 3).bit_length() - 1  # so that three vectors hold the usual widths
+    bytes_each = max(t.element_size() for t in tensors)
+    along = lanes(min(16 // bytes_each, fitting), x.shape[1], *tensors)
     assert weight is not None
     residual_type = next((t for t in (residual, *others) if t is not None), x).dtype
     return {
@@ -187,7 +191,8 @@ def variants() -> Variants:
     ):
         types: dict[str, int | str] = {"IO": io, "RESIDUAL": residual, "PARAMETER": "float"}
         forward = {"ADD": int(source > 0), **types, **spread(FORWARD_NUMBERS, 128, width, along)}
-        backward = {"FROM": source, **types, **spread(BACKWARD_NUMBERS, 256, width, along)}
+        backward = {"FROM": source, **types, **spread(BACKWARD_NUMBERS, 128, width, 4)}
+        backward["BLOCKS"] = max(1, BACKWARD_THREADS // max(128, int(backward["THREADS"])))
         found.append(("rms_norm_forward.cu", "rms_norm_forward", forward))
         found.append(("rms_norm_backward.cu", "rms_norm_backward", backward))
     return found

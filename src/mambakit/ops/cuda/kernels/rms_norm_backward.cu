@@ -7,7 +7,7 @@
 // `residual`), x + residual where it is 2.
 #include "rms_norm.cuh"
 
-extern "C" __global__ void __launch_bounds__(ROWS * THREADS, ROWS * THREADS <= 256 ? 2 : 1) rms_norm_backward(
+extern "C" __global__ void __launch_bounds__(ROWS * THREADS, BLOCKS) rms_norm_backward(
     const IO* __restrict__ x, int64 x_row, const RESIDUAL* __restrict__ residual, int64 residual_row,
     const PARAMETER* __restrict__ weight, float eps, const IO* __restrict__ dy, int64 dy_row,
     const RESIDUAL* __restrict__ dtotal, int64 dtotal_row, IO* __restrict__ dx, RESIDUAL* __restrict__ dresidual,
