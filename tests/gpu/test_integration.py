@@ -165,11 +165,9 @@ def test_a_model_with_activation_checkpointing() -> None:
 
 def distance(found: list[Tensor], truth: list[Tensor]) -> float:
     """Relative error of all numbers together."""
-    squares = sum(
-        (a.double().cpu() - b.double().cpu()).square().sum()
-        for a, b in zip(found, truth, strict=True)
-    )
-    return float((squares / sum(b.double().cpu().square().sum() for b in truth)) ** 0.5)
+    found, truth = ([t.detach().double().cpu() for t in tensors] for tensors in (found, truth))
+    squares = sum((a - b).square().sum() for a, b in zip(found, truth, strict=True))
+    return float((squares / sum(b.square().sum() for b in truth)) ** 0.5)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16 autocast"])

@@ -28,7 +28,10 @@ def sanitizer() -> str:
 @pytest.mark.parametrize("name", [*OPS, *STEPS])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_clean(sanitizer: str, tool: str, name: str) -> None:
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, SCRIPT, name]
+    # Libraries ask the driver for functions that it may not have; what they are told is no error of ours.
+    options = ["--report-api-errors", "no"] if tool == "memcheck" else []
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *options]
+    command += [sys.executable, SCRIPT, name]
     # Without PyTorch's pool every tensor is an allocation of its own, with bounds that are checked.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -35,7 +35,7 @@ def waits() -> Iterator[list[str]]:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    found += [str(w.message) for w in caught if "synchronizing" in str(w.message)]
+    found += [str(w.message) for w in caught if "called a synchronizing" in str(w.message)]
 
 
 def test_waits_are_noticed() -> None:

@@ -86,7 +86,7 @@ def _gpu_unavailable(device: torch.device) -> str | None:
             f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, and the kernels need 8.0 or higher; "
             "use backend='reference'"
         )
-    if not _has_cuda_core():
+    if not _HAS_CUDA_CORE:
         return "the package cuda-core is not installed; pip install cuda-core"
     return None
 
@@ -100,6 +100,9 @@ def _has_cuda_core() -> bool:
         importlib.util.find_spec("cuda") is not None
         and importlib.util.find_spec("cuda.core") is not None
     )
+
+
+_HAS_CUDA_CORE = _has_cuda_core()  # Once, when imported: Dynamo does not look into find_spec.
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -60,9 +60,9 @@ def test_why_cuda_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Gpu("Old", 7, 5))
     assert "Old has compute capability 7.5" in dispatch._gpu_unavailable(gpu)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Gpu("New", 9, 0))
-    monkeypatch.setattr(dispatch, "_has_cuda_core", lambda: False)
+    monkeypatch.setattr(dispatch, "_HAS_CUDA_CORE", False)
     assert "pip install cuda-core" in dispatch._gpu_unavailable(gpu)
-    monkeypatch.setattr(dispatch, "_has_cuda_core", lambda: True)
+    monkeypatch.setattr(dispatch, "_HAS_CUDA_CORE", True)
     assert dispatch._gpu_unavailable(gpu) is None
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from mambakit.ops.cuda.arrays import TYPES, Variants, lanes, multiprocessors, readable
 from mambakit.ops.cuda.compiler import kernel
@@ -16,6 +17,9 @@ from mambakit.ops.scan_inputs import of_one_kind, restarts
 CHUNKS: int | None = None
 """How many chunks to cut time into, for tests; None lets `plan` choose."""
 
+
+MOST_STATES = 256
+"""States of a channel that a warp holds at a time."""
 
 SHARED_LIMIT = 99 * 1024
 """Shared memory that a block can have on every GPU from compute capability 8.0 on, in bytes."""
@@ -50,6 +54,11 @@ class Layout(NamedTuple):
         """Steps of B and C that the forward holds in shared memory."""
         return 32 if self.padded * self.number_bytes <= 256 else self.save_every
 
+    @property
+    def segment(self) -> int:
+        """Steps between two exchanges within a warp of the forward."""
+        return 16 if self.channels == 2 and self.on_tensor_cores else 8
+
     def blocks(self, width: int) -> int:
         """Blocks that `width` channels of a group need."""
         return -(-width // (self.warps * self.slots * self.channels))
@@ -67,8 +76,8 @@ class Layout(NamedTuple):
 
     def forward_bytes(self) -> int:
         """Shared memory of `scan_forward`: steps, sums of y, B and C twice, restarts."""
-        segment, floats = 8, 4 * self.channels
-        warp = segment * (self.slots * (2 * floats + (self.spread + 1) * floats) + 4)
+        floats = 4 * self.channels
+        warp = self.segment * (self.slots * (2 * floats + (self.spread + 1) * floats) + 4)
         return _aligned(self.warps * warp + 4 * self.tile * self.padded * self.number_bytes)
 
     def backward_bytes(self, io_bytes: int) -> int:
@@ -164,11 +173,42 @@ def selective_scan(
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as in `mambakit.ops.selective_scan`."""
+    if A.shape[1] > MOST_STATES:
+        return _scan_in_slices(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx)
     A, B, C, initial_state = of_one_kind(A, B, C, initial_state)
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, state, _ = _forward(*tensors, restarts(seq_idx), dt_softplus, save)
     return y, state
+
+
+def _scan_in_slices(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """More states than a warp holds: y is a sum over them, so slice after slice, without rounding in between."""
+    wide = x.float()
+    y = torch.zeros_like(wide) if D is None else D.float() * wide
+    states = []
+    for start in range(0, A.shape[1], MOST_STATES):
+        n = slice(start, start + MOST_STATES)
+        before = None if initial_state is None else initial_state[..., n]
+        options = (None, None, dt_bias, dt_softplus, before, seq_idx)
+        part, state = selective_scan(wide, dt, A[:, n], B[..., n], C[..., n], *options)
+        y = y + part
+        states.append(state)
+    if z is not None:
+        y = y * silu(z.float())
+    return y.to(x.dtype), torch.cat(states, dim=-1)
 
 
 @torch.library.custom_op("mambakit::cuda_selective_scan", mutates_args=(), device_types="cuda")
@@ -238,15 +278,19 @@ def _backward(
     form, padded = inputs.form, inputs.form.padded
     batch, seqlen, d_inner = x.shape
     d_state, device = A.shape[1], x.device
-    none = torch.empty(0, device=device)
+
+    def nothing() -> Tensor:
+        # A new one each time: the outputs of an operator must not share memory.
+        return torch.empty(0, device=device)
+
     if batch == 0 or seqlen == 0 or d_inner == 0:
         absent = (
-            none if t is None else torch.zeros_like(t) for t in (x, dt, A, B, C, D, z, dt_bias)
+            nothing() if t is None else torch.zeros_like(t) for t in (x, dt, A, B, C, D, z, dt_bias)
         )
         return *absent, dstate.clone()  # type: ignore[return-value]
     dout, dstate = readable(dy.to(inputs.io)), dstate.to(inputs.A.dtype).contiguous()
     dx, ddt = (torch.empty(x.shape, dtype=inputs.io, device=device) for _ in range(2))
-    dz = none if z is None else torch.empty_like(dx)
+    dz = nothing() if z is None else torch.empty_like(dx)
     dinitial = torch.empty_like(dstate)
 
     chunk, chunks = inputs.cut(BACKWARD)
@@ -296,7 +340,7 @@ def _backward(
         return sums.to(like.dtype)
 
     def like(gradient: Tensor, parameter: Tensor | None) -> Tensor:
-        return none if parameter is None else gradient.to(parameter.dtype)
+        return nothing() if parameter is None else gradient.to(parameter.dtype)
 
     return (
         like(dx, x),
@@ -327,12 +371,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     *tensors, initial_state, restart, dt_softplus, _ = inputs
     ctx.save_for_backward(*tensors, restart, output[2])
     ctx.dt_softplus, ctx.has_initial_state = dt_softplus, initial_state is not None
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)  # of the saved states that would be much memory
 
 
-def _gradients(ctx: Any, dy: Tensor, dstate: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors  # Once: activation checkpointing gives them out only once.
-    D, z, dt_bias = saved[5:8]
+    x, A, (D, z, dt_bias) = saved[0], saved[2], saved[5:8]
+    if dy is None:
+        dy = torch.zeros_like(x)
+    if dstate is None:
+        dstate = saved[-1].new_zeros(x.shape[0], *A.shape)
     dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = _backward(dy, dstate, *saved, ctx.dt_softplus)
     return (
         dx,
@@ -430,7 +478,7 @@ class _Inputs:
             return None, None
         batch, _, d_inner = self.x.shape
         states = self.A.new_empty(batch, chunks, d_inner, self.form.padded)
-        return states, torch.empty(batch, chunks, d_inner, device=self.x.device)
+        return states, torch.empty(batch, chunks, d_inner, 2, device=self.x.device)
 
     def options(self, *others: Tensor) -> dict[str, int | str]:
         """What the kernels are compiled for: these tensors, and `others` that they read."""
@@ -492,7 +540,8 @@ def _forward_kernel(
     form: Layout, mode: str, options: dict[str, int | str]
 ) -> tuple[str, str, dict[str, int | str]]:
     resident = FORWARD[form.channels].resident if form.on_tensor_cores else 1
-    constants: dict[str, int | str] = {"MODE": mode, "TILE": form.tile, "MIN_BLOCKS": resident}
+    constants: dict[str, int | str] = {"MODE": mode, "MIN_BLOCKS": resident}
+    constants |= {"TILE": form.tile, "SEGMENT": form.segment}
     constants |= {**form.constants(), **options, "SHARED_BYTES": form.forward_bytes()}
     return "selective_scan_forward.cu", "scan_forward", constants
 

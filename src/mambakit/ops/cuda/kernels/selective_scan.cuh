@@ -28,6 +28,15 @@ constexpr int BLOCK_CHANNELS = WARPS * WARP_CHANNELS;
 
 #define FORCE_INLINE __device__ __forceinline__
 
+// The special function unit rounds 2^x down, by 2e-8 on average. Over the many steps that a slow state remembers this adds
+// up to more than all other errors; this much in x puts it right.
+constexpr float ROUNDING = 2.5e-8f;
+
+// Functions of one number a step. Half precision rounds more than the special function unit does; float32 does not.
+FORCE_INLINE float exponential(float x) { return sizeof(IO) == 4 ? expf(x) : exp2_approx(x * LOG2_E); }
+FORCE_INLINE float inverse(float x) { return sizeof(IO) == 4 ? 1.0f / x : reciprocal_approx(x); }
+FORCE_INLINE float logistic(float x) { return inverse(1.0f + exponential(-x)); }
+
 // One state, and what is done with it: for real A a float, for complex A a float2. `conj` is nothing for floats.
 #if COMPLEX
 typedef float2 Number;
@@ -44,12 +53,15 @@ FORCE_INLINE Number conj(Number a) { return make_float2(a.x, -a.y); }
 FORCE_INLINE float real_product(Number a, Number b, float sum) { return fmaf(a.x, b.x, fmaf(-a.y, b.y, sum)); }
 // exp(dt a). The angle is reduced by multiples of pi/2, held in three floats, good for |angle| < 1e5; then sine and cosine
 // on +-pi/4 are polynomials (Cephes, S. Moshier).
-FORCE_INLINE Number decay(float dt, Number a) {
-  const float size = exp2_approx(dt * a.x * LOG2_E), angle = dt * a.y;
+//
+// `rest` is what rounding left of dt, where that is a sum over many steps. The angle is then large, and its last bit counts.
+FORCE_INLINE Number decay(float dt, Number a, float rest = 0.0f) {
+  const float size = expf(fmaf(rest, a.x, dt * a.x));
+  const float angle = dt * a.y, angle_rest = fmaf(rest, a.y, fmaf(dt, a.y, -angle));
   const float quarters = rintf(angle * 0.63661977f);
   float r = fmaf(quarters, -1.5707960129f, angle);
   r = fmaf(quarters, -3.1391647326e-7f, r);
-  r = fmaf(quarters, -5.3903025300e-15f, r);
+  r = fmaf(quarters, -5.3903025300e-15f, r) + angle_rest;
   const float q = r * r;
   const float s = fmaf(r * q, fmaf(q, fmaf(q, -1.9515295891e-4f, 8.3321608736e-3f), -1.6666654611e-1f), r);
   const float c = fmaf(q * q, fmaf(q, fmaf(q, 2.443315711809948e-5f, -1.388731625493765e-3f), 4.166664568298827e-2f),
@@ -71,9 +83,8 @@ FORCE_INLINE Number multiply(Number a, Number b) { return a * b; }
 FORCE_INLINE Number scale_add(float s, Number a, Number b) { return fmaf(s, a, b); }
 FORCE_INLINE Number conj(Number a) { return a; }
 FORCE_INLINE float real_product(Number a, Number b, float sum) { return fmaf(a, b, sum); }
-// exp(dt A), as 2^x. The special function unit rounds 2^x down by 2e-8 on average, which over the many steps that a slow
-// state remembers adds up to more than all other errors; as much in x puts it right.
-FORCE_INLINE Number decay(float dt, Number a) { return exp2_approx(fmaf(dt, a, 2.5e-8f)); }
+// exp(dt A), as 2^x.
+FORCE_INLINE Number decay(float dt, Number a, float rest = 0.0f) { return exp2_approx(fmaf(dt, a, ROUNDING)); }
 FORCE_INLINE Number to_number(Weight w) { return to_float(w); }
 FORCE_INLINE Weight to_weight(Number a) { return from_float<IO>(a); }
 #endif
@@ -173,10 +184,10 @@ FORCE_INLINE Place place(int64 groups, int64 width) {
 }
 
 // softplus(v) = max(v, 0) + log(1 + e),  e = exp(-|v|);  with s = e / (2 + e), log(1 + e) = 2 artanh(s), |s| <= 1/3.
-// Exact to about 2^-22 relative to the result for every v: log2(1 + e) would lose a small e.
+// Its error is relative to the result for every v; log2(1 + e) would lose a small e.
 FORCE_INLINE float softplus(float v) {
-  const float e = exp2_approx(-fabsf(v) * LOG2_E);
-  const float s = e * reciprocal_approx(2.0f + e), square = s * s;
+  const float e = exponential(-fabsf(v));
+  const float s = e * inverse(2.0f + e), square = s * s;
   float p = 0.13425749f;  // minimax of (artanh(s) / s - 1) / s^2 in s^2
   p = fmaf(p, square, 0.1411831f);
   p = fmaf(p, square, 0.2000378f);
@@ -214,7 +225,17 @@ template <int STEPS> struct Fetch {
 };
 
 // What every lane of a slot needs of a time step: dt, and what enters the state, dt x.
-struct alignas(CHANNELS == 2 ? 16 : 8) Step { float dt[CHANNELS], dx[CHANNELS]; };
+struct alignas(CHANNELS == 1 ? 8 : 16) Step { float dt[CHANNELS], dx[CHANNELS]; };
+
+// A sum of many floats, with what rounding lost of it (Kahan).
+struct Sum {
+  float total = 0.0f, lost = 0.0f;
+  FORCE_INLINE void add(float v) {
+    const float wanted = v - lost, next = total + wanted;
+    lost = (next - total) - wanted;
+    total = next;
+  }
+};
 
 // One float a channel.
-struct alignas(CHANNELS == 2 ? 8 : 4) Floats { float of[CHANNELS]; };
+struct alignas(4 * CHANNELS) Floats { float of[CHANNELS]; };

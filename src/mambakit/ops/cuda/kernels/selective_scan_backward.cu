@@ -22,17 +22,7 @@ constexpr int ROUNDS = SEGMENT > SPREAD ? SEGMENT / SPREAD : 1;  // steps of a s
 constexpr int SEGMENTS = TILE / SEGMENT;
 
 // A part of the sums over n: Re(B* l) and Re(A* q).
-struct alignas(CHANNELS == 2 ? 16 : 8) Sums { float B[CHANNELS], A[CHANNELS]; };
-
-// A sum of many floats, with what rounding lost of it (Kahan).
-struct Sum {
-  float total, lost;
-  FORCE_INLINE void add(float v) {
-    const float wanted = v - lost, next = total + wanted;
-    lost = (next - total) - wanted;
-    total = next;
-  }
-};
+struct alignas(CHANNELS == 1 ? 8 : 16) Sums { float B[CHANNELS], A[CHANNELS]; };
 
 // What a warp has for itself.
 struct Scratch {
@@ -60,7 +50,7 @@ static_assert(sizeof(Shared) == SHARED_BYTES, "ops/cuda/selective_scan.py counts
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backward(
     const IO* dout, const IO* x, const IO* dt, const Number* A, const void* B, const void* C, const float* D, const IO* z,
     const float* dt_bias, const unsigned char* restart, const Number* saved, const Number* dfinal_state,
-    const Number* adjoints, const float* sums_dt,
+    const Number* adjoints, const Sum* sums_dt,
     IO* dx, IO* ddt, IO* dz, Number* dA_parts, Number* dB_parts, Number* dC_parts, float* dD_parts, float* dbias_parts,
     Number* dinitial_state,
     int64 seqlen, int64 d_inner, int64 d_state_, int64 groups, int64 chunk, int64 chunks,
@@ -96,19 +86,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     }
     own.bias[j][lane] = dt_bias && j < at.count ? dt_bias[at.channel + j] : 0.0f;
     own.skip[j][lane] = D && j < at.count ? D[at.channel + j] : 0.0f;
-    own.dD[j][lane] = own.dbias[j][lane] = Sum{0.0f, 0.0f};
+    own.dD[j][lane] = own.dbias[j][lane] = Sum{};
   }
   for (int64 after = chunks - 1; after > blockIdx.y; after--) {
 #pragma unroll
     for (int j = 0; j < CHANNELS; j++) {
       if (j >= at.count) continue;
       const int64 row = (at.batch * chunks + after) * d_inner + at.channel + j;
-      const float sum = sums_dt[row];  // infinite if the state started afresh within the chunk
+      const Sum sum = sums_dt[row];  // infinite if the state started afresh within the chunk
       const States end = *(const States*)(adjoints + row * PADDED + first_state);
 #pragma unroll
       for (int n = 0; n < STATES; n++) {
-        const Number carried = multiply(decay(sum, conj(a[j].of[n])), adjoint[j].of[n]);
-        adjoint[j].of[n] = HAS_RESTART && isinf(sum) ? end.of[n] : scale_add(1.0f, carried, end.of[n]);
+        const Number carried = multiply(decay(sum.total, conj(a[j].of[n]), -sum.lost), adjoint[j].of[n]);
+        adjoint[j].of[n] = HAS_RESTART && isinf(sum.total) ? end.of[n] : scale_add(1.0f, carried, end.of[n]);
       }
     }
   }
@@ -224,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         Floats dy;
 #pragma unroll
         for (int j = 0; j < CHANNELS; j++) {
-          const float g = HAS_Z ? z_raw.value(j) : 0.0f, sig = sigmoid(g), d = dout_raw.value(j);
+          const float g = HAS_Z ? z_raw.value(j) : 0.0f, sig = logistic(g), d = dout_raw.value(j);
           dy.of[j] = dy_own[r][j] = HAS_Z ? d * g * sig : d;
           gate_slope[r][j] = d * sig * fmaf(g, 1.0f - sig, 1.0f);
         }
@@ -301,7 +291,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         float y[CHANNELS], sum_B[CHANNELS], sum_A[CHANNELS], dx_now[CHANNELS], ddt_now[CHANNELS], dz_now[CHANNELS];
 #pragma unroll
         for (int j = 0; j < CHANNELS; j++) y[j] = sum_B[j] = sum_A[j] = 0.0f;
-#pragma unroll
+#pragma unroll 8
         for (int part = 0; part < SPREAD; part++) {
           const Sums sums = own.sums[k][part * SLOTS + at.slot];
           const Floats y_part = own.y[k][part * SLOTS + at.slot];
@@ -311,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #pragma unroll
         for (int j = 0; j < CHANNELS; j++) {
           const float dy = is_own ? dy_own[r][j] : 0.0f, input = own.x[buffer][i][at.slot].value(j);
-          const float slope = SOFTPLUS ? sigmoid(own.dt[buffer][i][at.slot].value(j) + own.bias[j][lane]) : 1.0f;
+          const float slope = SOFTPLUS ? logistic(own.dt[buffer][i][at.slot].value(j) + own.bias[j][lane]) : 1.0f;
           dx_now[j] = fmaf(step.dt[j], sum_B[j], own.skip[j][lane] * dy);
           ddt_now[j] = fmaf(input, sum_B[j], sum_A[j] * (1.0f / A_UNIT)) * slope;
           dz_now[j] = fmaf(own.skip[j][lane], input, y[j]) * gate_slope[r][j];

@@ -9,13 +9,12 @@
 //                     m_t = exp(dt_t A)* (m_{t+1} + C_t* dy_t), backwards in time from zero, and the sum of dt; `x` is dout
 //                     there, dy = dout silu(z), and C takes the place of B
 //
-// TILE: steps whose B and C are in shared memory at a time. SAVE_EVERY: steps between the states that are kept for the
-// backward, if `saved` is given.
+// SEGMENT: steps between two exchanges within a warp. TILE: steps whose B and C are in shared memory at a time. SAVE_EVERY:
+// steps between the states that are kept for the backward, if `saved` is given.
 #include "selective_scan.cuh"
 
 enum { CHUNK_STATES, OUTPUTS, CHUNK_ADJOINTS };
 
-constexpr int SEGMENT = 8;  // steps between two exchanges within a warp
 constexpr int ROUNDS = SEGMENT > SPREAD ? SEGMENT / SPREAD : 1;  // steps of a segment that a lane prepares
 static_assert(SAVE_EVERY % SEGMENT == 0 && TILE % SAVE_EVERY == 0, "states are saved between segments");
 
@@ -30,7 +29,7 @@ static_assert(sizeof(Shared) == SHARED_BYTES, "ops/cuda/selective_scan.py counts
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forward(
     const IO* x, const IO* dt, const Number* A, const void* B, const void* C, const float* D, const IO* z,
     const float* dt_bias, const Number* initial_state, const unsigned char* restart,
-    IO* y, Number* final_state, Number* saved, Number* ends, float* sums,
+    IO* y, Number* final_state, Number* saved, Number* ends, Sum* sums,
     int64 seqlen, int64 d_inner, int64 d_state_, int64 groups, int64 chunk, int64 chunks,
     int64 x_batch, int64 x_time, int64 dt_batch, int64 dt_time, int64 z_batch, int64 z_time,
     int64 B_batch, int64 B_time, int64 B_group, int64 B_groups, int64 C_batch, int64 C_time, int64 C_group, int64 C_groups) {
@@ -45,7 +44,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
   const int64 state_row = at.batch * d_inner + at.channel;  // of (B, D)
 
   States a[CHANNELS], h[CHANNELS], B_fixed[CHANNELS], C_fixed[CHANNELS];
-  float bias[CHANNELS], skip[CHANNELS], sum_dt[CHANNELS];
+  float bias[CHANNELS], skip[CHANNELS];
+  Sum sum_dt[CHANNELS];
+  bool is_cut = false;  // the state started afresh in this chunk
 #pragma unroll
   for (int j = 0; j < CHANNELS; j++) {
     const bool exists = j < at.count;
@@ -55,7 +56,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     if (!C_VARIES && MODE == OUTPUTS) C_fixed[j] = read_states((const Number*)C + (at.channel + j) * d_state, first_state, held);
     bias[j] = exists && dt_bias ? dt_bias[at.channel + j] : 0.0f;
     skip[j] = exists && D ? D[at.channel + j] : 0.0f;
-    sum_dt[j] = 0.0f;
     h[j] = read_states(initial_state + (state_row + j) * d_state, first_state, MODE == OUTPUTS && initial_state ? held : 0);
 #pragma unroll
     for (int n = 0; n < STATES; n++) {
@@ -69,12 +69,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
       for (int j = 0; j < CHANNELS; j++) {
         if (j >= at.count) continue;
         const int64 row = (at.batch * chunks + before) * d_inner + at.channel + j;
-        const float sum = sums[row];  // infinite if the state started afresh within the chunk
+        const Sum sum = sums[row];  // infinite if the state started afresh within the chunk
         const States end = *(const States*)(ends + row * PADDED + first_state);
 #pragma unroll
         for (int n = 0; n < STATES; n++) {
-          const Number carried = multiply(decay(sum, a[j].of[n]), h[j].of[n]);
-          h[j].of[n] = HAS_RESTART && isinf(sum) ? end.of[n] : scale_add(1.0f, carried, end.of[n]);
+          const Number carried = multiply(decay(sum.total, a[j].of[n], -sum.lost), h[j].of[n]);
+          h[j].of[n] = HAS_RESTART && isinf(sum.total) ? end.of[n] : scale_add(1.0f, carried, end.of[n]);
         }
       }
     }
@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
         for (int j = 0; j < CHANNELS; j++) {
           const float input = x_next[r].value(j);
           const float g = HAS_Z && MODE != CHUNK_STATES ? z_next[r].value(j) : 1.0f;
-          gate[r][j] = HAS_Z && MODE != CHUNK_STATES ? g * sigmoid(g) : 1.0f;
+          gate[r][j] = HAS_Z && MODE != CHUNK_STATES ? g * logistic(g) : 1.0f;
           skipped[r][j] = skip[j] * input;
           step.dt[j] = i < left ? time_step(dt_next[r].value(j) + bias[j]) : 0.0f;
           step.dx[j] = input * (MODE == CHUNK_ADJOINTS ? gate[r][j] : step.dt[j]);
@@ -175,7 +175,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 #pragma unroll
         for (int j = 0; j < CHANNELS; j++) {
           sum.of[j] = 0.0f;
-          if (MODE != OUTPUTS) sum_dt[j] = HAS_RESTART && kept == 0.0f ? (1.0f / 0.0f) : sum_dt[j] + step.dt[j];
+          if (MODE != OUTPUTS) {
+            if (COMPLEX) sum_dt[j].add(step.dt[j]);  // of a real decay the last bits do not count
+            else sum_dt[j].total += step.dt[j];
+            if (HAS_RESTART && kept == 0.0f) is_cut = true;
+          }
 #pragma unroll
           for (int n = 0; n < STATES; n++) {
             const Number b = B_VARIES ? B_now.of[n] : B_fixed[j].of[n];
@@ -198,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
           float out[CHANNELS];
 #pragma unroll
           for (int j = 0; j < CHANNELS; j++) out[j] = skipped[r][j];
-#pragma unroll
+#pragma unroll 8
           for (int part = 0; part < SPREAD; part++) {
             const Floats sum = shared.y[at.warp][i % SEGMENT][part * SLOTS + at.slot];
 #pragma unroll
@@ -223,6 +227,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     if (MODE != OUTPUTS) {
       const int64 row = (at.batch * chunks + this_chunk) * d_inner + at.channel + j;
       *(States*)(ends + row * PADDED + first_state) = h[j];
+      if (HAS_RESTART && is_cut) sum_dt[j] = Sum{1.0f / 0.0f, 0.0f};
       if (at.part == 0) sums[row] = sum_dt[j];
     } else if (this_chunk == chunks - 1) {
 #pragma unroll
