@@ -14,10 +14,10 @@ from mambakit.ops.cuda.compiler import kernel
 WARPS = 8
 """Of a block; see kernels/causal_conv1d.cuh."""
 
-FORWARD_NUMBERS, BACKWARD_NUMBERS = 32, 16
-"""Taps of all channels that a thread has: as many as fit into registers with what goes with them."""
+NUMBERS = 16
+"""Taps of all channels that a thread has. Twice as many make accesses of 16 bytes, and were slower: fewer warps."""
 
-RUNS = (64, 32, 16)
+RUNS = (128, 64, 32, 16)
 """Time steps that a thread walks: the fewer, the more of them it reads twice."""
 
 
@@ -52,7 +52,7 @@ def _run(
     if y.numel() == 0:
         return y, state.zero_() if initial_state is None else state.copy_(initial_state)
     x = readable(x)
-    along = lanes(_most(FORWARD_NUMBERS, x, weight), x.shape[2], x)
+    along = lanes(_most(x, weight), x.shape[2], x)
     launch, grid, inputs, length = _prepare(
         "forward", along, x, weight, bias, initial_state, seq_idx, silu
     )
@@ -91,7 +91,7 @@ def _backward(
         dinitial = dinitial.zero_() if dstate is None else dinitial.copy_(dstate)
         return dx, torch.zeros_like(weight), dbias, dinitial
     x, dy = readable(x), readable(dy)
-    along = lanes(_most(BACKWARD_NUMBERS, x, weight), x.shape[2], x, dy)
+    along = lanes(_most(x, weight), x.shape[2], x, dy)
     launch, grid, inputs, length = _prepare(
         "backward", along, x, weight, bias, initial_state, seq_idx, silu
     )
@@ -151,9 +151,9 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if tensor is None else tensor.stride()
 
 
-def _most(numbers: int, x: Tensor, weight: Tensor) -> int:
+def _most(x: Tensor, weight: Tensor) -> int:
     """Channels of a thread: a power of two, so that their taps fit and an access has at most 16 bytes."""
-    fitting = max(1, numbers // weight.shape[1])
+    fitting = max(1, NUMBERS // weight.shape[1])
     return min(16 // x.element_size(), 1 << (fitting.bit_length() - 1))
 
 
@@ -255,14 +255,14 @@ def causal_conv1d_step(
 def variants() -> Variants:
     """The kernels of the usual widths and dtypes; every branch of the sources is in one of them."""
     found: Variants = []
-    for name, numbers in (("forward", FORWARD_NUMBERS), ("backward", BACKWARD_NUMBERS)):
+    for name in ("forward", "backward"):
         for dtype, width, index in (
             (torch.bfloat16, 4, None),
             (torch.float16, 4, torch.int64),
             (torch.float32, 4, None),
             (torch.bfloat16, 7, None),
         ):
-            most = _most(numbers, torch.empty(0, dtype=dtype), torch.empty(0, width))
+            most = _most(torch.empty(0, dtype=dtype), torch.empty(0, width))
             constants = _constants(dtype, torch.float32, width, most, True, index)
             found.append((f"causal_conv1d_{name}.cu", f"causal_conv1d_{name}", constants))
     step: dict[str, int | str] = {"IO": "bfloat16", "PARAMETER": "float", "WIDTH": 4, "SILU": 1}

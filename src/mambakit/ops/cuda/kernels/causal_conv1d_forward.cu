@@ -1,7 +1,7 @@
 // y_t = silu(bias + sum_w weight_w x_{t - (W-1) + w}), and the last W - 1 inputs. Memory bound: x is read once.
 #include "causal_conv1d.cuh"
 
-constexpr int STEPS = 4;  // rows of x that are on their way at a time
+constexpr int STEPS = 8;  // rows of x that are on their way at a time
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) causal_conv1d_forward(
     const IO* __restrict__ x, int64 x_batch, int64 x_time, const PARAMETER* __restrict__ weight,
