@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from mambakit.ops.cpu.arrays import array, readable, rows, vector
 from mambakit.ops.cpu.blocks import LANES, cut_channels, from_blocks, to_blocks
 from mambakit.ops.cpu.threads import run
+from mambakit.ops.scan_inputs import of_one_kind, restarts
 
 TILE = 16
 
@@ -31,11 +32,8 @@ def selective_scan(
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as in `mambakit.ops.selective_scan`."""
-    A, B, C, initial_state = _of_one_kind(A, B, C, initial_state)
-    restart = None
-    if seq_idx is not None:
-        restart = torch.zeros_like(seq_idx, dtype=torch.bool)
-        restart[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    A, B, C, initial_state = of_one_kind(A, B, C, initial_state)
+    restart = restarts(seq_idx)
     groups = math.lcm(*(W.shape[2] for W in (B, C) if W.ndim == 4))
     width = x.shape[2] // groups
 
@@ -218,16 +216,6 @@ def _saved_shape(x: Tensor, A: Tensor, save: bool) -> tuple[int, ...]:
     return (batch, tiles, *cut_channels(batch, d_inner), *numbers, LANES)
 
 
-def _of_one_kind(
-    A: Tensor, B: Tensor, C: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """All complex64 if A is complex, and C doubled, so that the kernels' Re(sum_n C h) is y; as they are if not."""
-    if not A.is_complex():
-        return A, B, C, state
-    A, B, C = (parameter.to(torch.complex64).resolve_conj() for parameter in (A, B, C))
-    return A, B, 2 * C, None if state is None else state.to(torch.complex64)
-
-
 def _inputs(
     x: Tensor,
     dt: Tensor,
@@ -262,7 +250,7 @@ def selective_scan_step(
     dt_softplus: bool,
 ) -> Tensor:
     """Arguments as in `mambakit.ops.selective_scan_step`."""
-    A, B, C, _ = _of_one_kind(A, B, C, None)
+    A, B, C, _ = of_one_kind(A, B, C, None)
     if torch.compiler.is_compiling():
         y: Tensor = _step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
         return y

@@ -44,9 +44,11 @@ def set_kernel(write_kernel: Write) -> launch.Kernel:
 @pytest.mark.gpu
 def test_launches_on_the_current_stream(set_kernel: launch.Kernel) -> None:
     stream, x = torch.cuda.Stream(), torch.zeros(4, device="cuda")
+    assert x.sum() == 0  # loads what the sum below needs: that could take longer than the sleep
+    set_kernel(4, 1, torch.zeros_like(x), 6, 0.5, True)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
+        torch.cuda._sleep(500_000_000)
         set_kernel(4, 1, x, 6, 0.5, True)
     assert x.sum() == 0  # The default stream does not wait for the other one.
     stream.synchronize()
