@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple, Optional
 
@@ -135,6 +136,7 @@ FORWARD = {2: Pace(5, 1.5, 0.78, 0.75), 1: Pace(4, 1.95, 0.4, 0.75)}
 BACKWARD = Pace(3, 0.95, 1.0, 0.2)
 
 
+@functools.lru_cache(maxsize=1024)
 def plan(blocks: int, seqlen: int, multiprocessors: int, pace: Pace) -> tuple[int, float]:
     """Into how many chunks to cut time.
 

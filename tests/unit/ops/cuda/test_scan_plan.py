@@ -1,0 +1,54 @@
+"""How the scan is cut for a GPU: pure functions of sizes."""
+
+from __future__ import annotations
+
+import pytest
+
+from mambakit.ops.cuda.selective_scan import (
+    BACKWARD,
+    FORWARD,
+    SHARED_LIMIT,
+    Pace,
+    layout,
+    plan,
+)
+
+MULTIPROCESSORS = 132
+
+
+@pytest.mark.parametrize("is_complex", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("d_state", [1, 4, 5, 16, 17, 64, 100, 256])
+def test_a_warp_holds_every_state_of_its_channels(d_state: int, is_complex: bool) -> None:
+    form = layout(d_state, is_complex)
+    assert d_state <= form.padded < 2 * max(d_state, form.states)
+    assert form.spread * form.slots == 32
+    assert form.tile % form.save_every == 0
+    assert form.save_every % form.segment == 0 or form.segment % form.save_every == 0
+
+
+@pytest.mark.parametrize("d_state", [1, 4, 16, 64, 128, 256])
+def test_a_block_fits_on_every_gpu(d_state: int) -> None:
+    form = layout(d_state, is_complex=False)
+    assert form.forward_bytes() <= SHARED_LIMIT
+    assert form.backward_bytes(io_bytes=4) <= SHARED_LIMIT
+
+
+@pytest.mark.parametrize("pace", [*FORWARD.values(), BACKWARD])
+def test_many_channels_are_not_cut_in_time(pace: Pace) -> None:
+    full = MULTIPROCESSORS * pace.resident
+    assert plan(full, 4096, MULTIPROCESSORS, pace)[0] == 1
+
+
+@pytest.mark.parametrize("pace", [*FORWARD.values(), BACKWARD])
+def test_few_channels_of_a_long_sequence_fill_the_gpu(pace: Pace) -> None:
+    blocks = 24
+    chunks, _ = plan(blocks, 65536, MULTIPROCESSORS, pace)
+    waves = blocks * chunks / (MULTIPROCESSORS * pace.resident)
+    assert waves > 0.9
+    assert waves / -(-waves // 1) > 0.8  # the last wave is nearly full
+
+
+@pytest.mark.parametrize("seqlen", [1, 127, 255, 256, 1000])
+def test_a_chunk_is_worth_its_launch(seqlen: int) -> None:
+    chunks, _ = plan(1, seqlen, MULTIPROCESSORS, BACKWARD)
+    assert 1 <= chunks <= max(1, seqlen // 128)
