@@ -1,4 +1,4 @@
-"""Arrays at an address, counters that threads share, and reading ahead."""
+"""Arrays at an address, and counters that threads share."""
 
 from __future__ import annotations
 
@@ -52,27 +52,3 @@ def counted(typingctx: Any, counters: Any, index: Any) -> Any:
         return builder.load_atomic(_counter(context, builder, sig, args), "acquire", align=8)
 
     return int64(counters, index), build
-
-
-@intrinsic
-def prefetch(typingctx: Any, array: Any, row: Any, column: Any) -> Any:
-    """Have array[row, column] brought near; it may lie behind the end."""
-
-    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind, indices = sig.args[0], list(args[1:])
-        data = context.make_array(kind)(context, builder, args[0])
-        pointer = cgutils.get_item_pointer(
-            context, builder, kind, data, indices, wraparound=False, boundscheck=False
-        )
-        number = ir.IntType(32)
-        parameters = [cgutils.voidptr_t, number, number, number]
-        function = builder.module.declare_intrinsic(
-            "llvm.prefetch", [cgutils.voidptr_t], ir.FunctionType(ir.VoidType(), parameters)
-        )
-        to_read, keep, data_cache = number(0), number(3), number(1)
-        builder.call(
-            function, [builder.bitcast(pointer, cgutils.voidptr_t), to_read, keep, data_cache]
-        )
-        return context.get_dummy_value()
-
-    return types.void(array, row, column), build
