@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from mambakit.ops.cpu.arrays import array, readable, rows, vector
 from mambakit.ops.cpu.blocks import LANES, cut_channels, from_blocks, to_blocks
 from mambakit.ops.cpu.threads import run
+from mambakit.ops.scan_gradients import register
 from mambakit.ops.scan_inputs import of_one_kind, restarts
 
 TILE = 16
@@ -88,21 +89,13 @@ def _forward(
     cut = cut_channels(batch, d_inner)
     start = A.new_zeros(batch, *A.shape) if initial_state is None else initial_state
     state = to_blocks(start, *cut)
-    saved = state.new_empty(_saved_shape(x, A, save))
+    saved = _saved_like(x, A, save)
     y = torch.empty_like(readable(x), memory_format=torch.contiguous_format)
     run(
         forward, batch * cut[0], seqlen, d_inner, *_inputs(x, dt, A, B, C, D, z, dt_bias, cut), dt_softplus,
         array(restart), array(state), rows(y), array(saved) if save else None,
     )  # fmt: skip
     return y.to(x.dtype), from_blocks(state, A), saved
-
-
-@_forward.register_fake
-def _(x, dt, A, B, C, D, z, dt_bias, initial_state, restart, dt_softplus, save):
-    dtype = torch.complex64 if A.is_complex() else torch.float32
-    state = x.new_empty(x.shape[0], *A.shape, dtype=dtype)
-    saved = x.new_empty(_saved_shape(x, A, save), dtype=torch.float32)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), state, saved
 
 
 @torch.library.custom_op(
@@ -164,56 +157,15 @@ def _backward(
     )
 
 
-@_backward.register_fake
-def _(dy, dstate, x, dt, A, B, C, D, z, dt_bias, restart, saved, dt_softplus):
-    def like(tensor: Tensor | None) -> Tensor:
-        return (
-            x.new_empty(0, dtype=torch.float32)
-            if tensor is None
-            else tensor.new_empty(tensor.shape)
-        )
-
-    return tuple(like(t) for t in (x, dt, A, B, C, D, z, dt_bias, dstate))
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, initial_state, restart, dt_softplus, _ = inputs
-    ctx.save_for_backward(*tensors, restart, output[2])
-    ctx.dt_softplus, ctx.has_initial_state = dt_softplus, initial_state is not None
-    ctx.set_materialize_grads(False)  # Not for `saved`, which is as large as x and has none.
-
-
-def _gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: None) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    x, A = saved[0], saved[2]
-    dy = torch.zeros_like(x) if dy is None else dy
-    dstate = A.new_zeros(x.shape[0], *A.shape) if dstate is None else dstate
-    D, z, dt_bias = saved[5:8]
-    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = _backward(dy, dstate, *saved, ctx.dt_softplus)
-    return (
-        dx,
-        ddt,
-        dA,
-        dB,
-        dC,
-        None if D is None else dD,
-        None if z is None else dz,
-        None if dt_bias is None else dbias,
-        dinitial if ctx.has_initial_state else None,
-        None,
-        None,
-        None,
-    )
-
-
-_forward.register_autograd(_gradients, setup_context=_setup)
-
-
-def _saved_shape(x: Tensor, A: Tensor, save: bool) -> tuple[int, ...]:
+def _saved_like(x: Tensor, A: Tensor, save: bool) -> Tensor:
     batch, seqlen, d_inner = x.shape
     tiles = -(-seqlen // TILE) if save else 0
     numbers = (A.shape[1], 2) if A.is_complex() else (A.shape[1],)
-    return (batch, tiles, *cut_channels(batch, d_inner), *numbers, LANES)
+    shape = (batch, tiles, *cut_channels(batch, d_inner), *numbers, LANES)
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+register(_forward, _backward, _saved_like)
 
 
 def _inputs(

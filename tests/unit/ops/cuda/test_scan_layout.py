@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mambakit.ops.cuda.selective_scan import (
+from mambakit.ops.cuda.scan_layout import (
     BACKWARD,
     FORWARD,
     SHARED_LIMIT,

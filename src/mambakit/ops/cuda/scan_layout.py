@@ -1,0 +1,197 @@
+"""How the scan is laid out on a GPU: who holds what in a warp, and into how many chunks time is cut."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from mambakit.ops.cuda.arrays import Variants
+
+MOST_STATES = 256
+"""States of a channel that a warp holds at a time."""
+
+SHARED_LIMIT = 99 * 1024
+"""Shared memory that a block can have on every GPU from compute capability 8.0 on, in bytes."""
+
+
+class Layout(NamedTuple):
+    """Who holds what in a warp; see kernels/selective_scan.cuh."""
+
+    states: int
+    spread: int
+    channels: int
+    warps: int
+    number_bytes: int
+
+    @property
+    def padded(self) -> int:
+        """States of a channel, with padding."""
+        return self.states * self.spread
+
+    @property
+    def slots(self) -> int:
+        """Lanes of a warp that hold different channels."""
+        return 32 // self.spread
+
+    @property
+    def save_every(self) -> int:
+        """Steps between the states that are kept for the backward."""
+        return 16 if self.padded * self.number_bytes <= 256 else 8
+
+    @property
+    def tile(self) -> int:
+        """Steps of B and C that the forward holds in shared memory."""
+        return 32 if self.padded * self.number_bytes <= 256 else self.save_every
+
+    @property
+    def segment(self) -> int:
+        """Steps between two exchanges within a warp of the forward."""
+        return 16 if self.channels == 2 and self.on_tensor_cores else 8
+
+    def blocks(self, width: int) -> int:
+        """Blocks that `width` channels of a group need."""
+        return -(-width // (self.warps * self.slots * self.channels))
+
+    def constants(self) -> dict[str, int]:
+        """As the kernels read them."""
+        return {
+            "STATES": self.states,
+            "SPREAD": self.spread,
+            "CHANNELS": self.channels,
+            "WARPS": self.warps,
+            "SAVE_EVERY": self.save_every,
+            "COMPLEX": int(self.number_bytes == 8),
+        }
+
+    def forward_bytes(self) -> int:
+        """Shared memory of `scan_forward`: steps, sums of y, B and C twice, restarts."""
+        floats = 4 * self.channels
+        warp = self.segment * (self.slots * (2 * floats + (self.spread + 1) * floats) + 4)
+        return _aligned(self.warps * warp + 4 * self.tile * self.padded * self.number_bytes)
+
+    def backward_bytes(self, io_bytes: int) -> int:
+        """Shared memory of `scan_backward`, in the order of its structs."""
+        tile, segment, floats = self.save_every, 4, 4 * self.channels
+        states, lanes = self.states * self.number_bytes, 32 * self.channels
+        warp = tile * self.slots * (2 * floats + 8 * self.channels * io_bytes)
+        warp = _aligned(warp + 2 * 4 * lanes + segment * self.slots * floats)
+        warp += tile // segment * lanes * states
+        warp += segment * (self.spread + 1) * self.slots * 3 * floats
+        warp += 2 * lanes * 8 + 4 * tile
+        if self.on_tensor_cores:
+            warp += 1
+        else:
+            warp += segment * 2 * self.spread * (self.slots + 1) * states
+        rows = tile * self.padded * self.number_bytes
+        return self.warps * (_aligned(warp) + 2 * rows) + 4 * rows
+
+    @property
+    def on_tensor_cores(self) -> bool:
+        """Whether tensor cores sum over the channels; see kernels/channel_sums.cuh."""
+        return (self.states, self.spread, self.number_bytes) == (4, 4, 4)
+
+
+def layout(d_state: int, is_complex: bool) -> Layout:
+    """A lane holds 16 bytes of states, or more where 32 lanes with 16 bytes are not enough."""
+    size = 8 if is_complex else 4
+    least = states = 16 // size
+    while 32 * states < d_state:
+        states *= 2
+    spread = 1
+    while spread * states < d_state:
+        spread *= 2
+    forms = (
+        Layout(states, spread, 2 if states == least else 1, warps, size) for warps in (4, 2, 1)
+    )
+    return next(form for form in forms if form.backward_bytes(4) <= SHARED_LIMIT or form.warps == 1)
+
+
+class Pace(NamedTuple):
+    """How fast a kernel goes with blocks of a layout; measured on an H100."""
+
+    resident: int
+    """Blocks that a multiprocessor holds at a time."""
+    floor: float
+    """r resident blocks take as long as r + floor blocks would without latencies."""
+    cost: float
+    """Of a block, relative to other layouts of the same kernel."""
+    extra: float
+    """Cost of the pass that makes the starts of chunks, relative to the main pass."""
+
+
+FORWARD = {2: Pace(5, 1.5, 0.78, 0.75), 1: Pace(4, 1.95, 0.4, 0.75)}
+"""By channels a lane."""
+BACKWARD = Pace(3, 0.95, 1.0, 0.2)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(blocks: int, seqlen: int, multiprocessors: int, pace: Pace) -> tuple[int, float]:
+    """Into how many chunks to cut time.
+
+    Args:
+        blocks: Blocks of one chunk.
+        seqlen: L.
+        multiprocessors: Of the device.
+        pace: Of the kernel.
+
+    Returns:
+        The number with the smallest estimated time, and that, in units that compare layouts: waves
+        of blocks, each as long as a chunk.
+    """
+
+    def time(chunks: int) -> float:
+        waves, rest = divmod(blocks * chunks, multiprocessors * pace.resident)
+        passes = waves * (pace.resident + pace.floor)
+        passes += -(-rest // multiprocessors) + pace.floor if rest else 0.0
+        return pace.cost * passes / chunks * (1 + pace.extra * (chunks - 1) / chunks)
+
+    best = min(range(1, max(1, min(64, seqlen // 128)) + 1), key=time)
+    return best, time(best)
+
+
+def variants() -> Variants:
+    """The kernels of the usual sizes, and of every branch of the sources."""
+    options = {"B_VARIES": 1, "C_VARIES": 1, "HAS_Z": 1, "SOFTPLUS": 1, "HAS_RESTART": 0}
+    others = {"B_VARIES": 0, "C_VARIES": 0, "HAS_Z": 0, "SOFTPLUS": 0, "HAS_RESTART": 1}
+    found: Variants = []
+    for io, size, d_state, is_complex, chosen, aligned in (
+        ("bfloat16", 2, 16, False, options, 1),
+        ("float", 4, 16, False, options, 1),
+        ("float16", 2, 16, False, {**options, "HAS_RESTART": 1}, 0),
+        ("bfloat16", 2, 16, False, others, 1),
+        ("bfloat16", 2, 64, False, options, 1),
+        ("float", 4, 256, False, options, 0),
+        ("float", 4, 16, True, options, 1),
+    ):
+        form = layout(d_state, is_complex)
+        common: dict[str, int | str] = {"IO": io, "ALIGNED": aligned, **chosen}
+        for channels in range(1, form.channels + 1):
+            for mode in ("CHUNK_STATES", "OUTPUTS", "CHUNK_ADJOINTS"):
+                found.append(forward_kernel(form._replace(channels=channels), mode, common))
+        found.append(backward_kernel(form, size, "scan_backward", common))
+    return found
+
+
+def forward_kernel(
+    form: Layout, mode: str, options: dict[str, int | str]
+) -> tuple[str, str, dict[str, int | str]]:
+    """File, name and constants of `scan_forward`; for `mode` see there."""
+    resident = FORWARD[form.channels].resident if form.on_tensor_cores else 1
+    constants: dict[str, int | str] = {"MODE": mode, "MIN_BLOCKS": resident}
+    constants |= {"TILE": form.tile, "SEGMENT": form.segment}
+    constants |= {**form.constants(), **options, "SHARED_BYTES": form.forward_bytes()}
+    return "selective_scan_forward.cu", "scan_forward", constants
+
+
+def backward_kernel(
+    form: Layout, io_bytes: int, name: str, options: dict[str, int | str]
+) -> tuple[str, str, dict[str, int | str]]:
+    """File, name and constants of a kernel in the backward's file."""
+    resident = BACKWARD.resident if form.on_tensor_cores else 1
+    constants: dict[str, int | str] = {"MIN_BLOCKS": resident, **form.constants(), **options}
+    constants["SHARED_BYTES"] = form.backward_bytes(io_bytes)
+    return "selective_scan_backward.cu", name, constants
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 16) * 16
