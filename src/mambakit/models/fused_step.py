@@ -33,28 +33,36 @@ def fused_step(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> 
     if not has_form or len(config.selective) < 3 or torch.compiler.is_compiling():
         return None
     embedding, norm_f, head = backbone.embedding, backbone.norm_f, model.lm_head
-    plain = {embedding: nn.Embedding, norm_f: RMSNorm, head: Linear}
-    if torch.is_autocast_enabled("cpu") or not all(map(_is_plain, plain, plain.values())):
+    if torch.is_autocast_enabled("cpu"):
+        return None
+    blocks = list(backbone.blocks())
+    modules = [*map(_modules, blocks)]
+    plain = [embedding, norm_f, head, *chain.from_iterable(modules)]
+    if not all(map(_is_plain, plain, (nn.Embedding, RMSNorm, Linear, *_KINDS * len(blocks)))):
         return None
     if unavailable("cpu", head.weight.device, head.weight.dtype):
         return None
-    blocks = list(backbone.blocks())
-    found = map(_layer, blocks, state.layers)
-    layers = [layer for layer in found if layer is not None]
-    tensors = [norm_f.weight, head.weight, *chain(*layers)]
-    if len(layers) < len(blocks) or not suitable(tensors):
+    layers = [*map(_layer, modules, state.layers)]
+    tensors = [norm_f.weight, head.weight, *chain.from_iterable(layers)]
+    if not suitable(tensors):
         return None
     eps = [*(block.norm.eps for block in blocks), norm_f.eps]
-    return model_step(embedding(tokens), layers, norm_f.weight, head.weight, eps)
+    embedded = embedding.weight.detach().index_select(0, tokens)
+    return model_step(embedded, layers, norm_f.weight, head.weight, eps)
 
 
-_MIXER = {
-    "in_proj": Linear,
-    "conv1d": CausalConv1d,
-    "x_proj": Linear,
-    "dt_proj": DtProjection,
-    "out_proj": Linear,
-}
+_KINDS = (Block, RMSNorm, MambaMixer, Linear, CausalConv1d, Linear, DtProjection, Linear)
+
+
+def _modules(block: Any) -> tuple[Any, ...]:
+    """A layer's modules, in the order of `_KINDS`.
+
+    Looks into the dicts of the modules, since 400 calls of their `__getattr__` would take 5 % of a
+    step.
+    """
+    norm, mixer = block._modules["norm"], block._modules["mixer"]
+    names = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+    return (block, norm, mixer, *[mixer._modules[name] for name in names])
 
 
 def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
@@ -66,28 +74,21 @@ def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
     )
 
 
-def _layer(block: Any, state: MixerState) -> Layer | None:
-    """The tensors of a layer; None if a module is not plain.
-
-    Looks into the dicts of the modules, since 400 calls of their `__getattr__` would take 5 % of a
-    step.
-    """
-    norm, mixer = block._modules["norm"], block._modules["mixer"]
-    parts = [mixer._modules[name] for name in _MIXER]
-    plain = _is_plain(block, Block) and _is_plain(norm, RMSNorm) and _is_plain(mixer, MambaMixer)
-    if not plain or not all(map(_is_plain, parts, _MIXER.values())):
-        return None
-    in_proj, conv, x_proj, dt_proj, out_proj = (part._parameters for part in parts)
+def _layer(modules: tuple[Any, ...], state: MixerState) -> Layer:
+    """The tensors of a layer."""
+    norm, mixer, in_proj, conv, x_proj, dt_proj, out_proj = (
+        module._parameters for module in modules[1:]
+    )
     return Layer(
-        norm=norm._parameters["weight"],
+        norm=norm["weight"],
         in_proj=in_proj["weight"],
         conv=conv["weight"],
         conv_bias=conv["bias"],
         x_proj=x_proj["weight"],
         dt_proj=dt_proj["weight"],
         dt_bias=dt_proj["bias"],
-        A_log=mixer._parameters["A_log"],
-        D=mixer._parameters["D"],
+        A_log=mixer["A_log"],
+        D=mixer["D"],
         out_proj=out_proj["weight"],
         conv_state=state.conv_state,
         ssm_state=state.ssm_state,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,7 +64,8 @@ def model_step(
     d_inner, d_state = layers[0].A_log.shape
     dt_rank = layers[0].dt_proj.shape[1]
     sizes = Sizes(len(layers), d_model, d_inner, d_state, layers[0].conv.shape[-1], dt_rank)
-    table = np.array([tuple(t.data_ptr() for t in layer) for layer in layers], _ADDRESSES)
+    addresses = [*map(Tensor.data_ptr, chain.from_iterable(layers))]
+    table = np.array(addresses, np.int64).view(_ADDRESSES)
     logits = embedded.new_empty(batch, head.shape[0])
     rows = Rows(
         hidden=np.zeros((batch, d_model), np.float32),
