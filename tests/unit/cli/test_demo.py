@@ -78,3 +78,10 @@ def test_a_step_is_measured_by_taking_some(tiny: Path) -> None:
     data = demo._prepare(tiny)
     assert 0 < planning.seconds_per_step(demo.draft_config(data, tiny)) < 10
     assert [path.name for path in tiny.iterdir()] == ["tokens"]
+
+
+def test_indentation_is_learned_as_tabs(tmp_path: Path) -> None:
+    source = tmp_path / "latin.py"
+    source.write_bytes(b"def f():\n        return '\xe9'  # two\n")
+    (copy,) = demo._with_tabs([source], tmp_path)
+    assert copy.read_text(encoding="utf-8") == "def f():\n\t\treturn '\ufffd'  # two\n"
