@@ -139,7 +139,7 @@ def _stream(
 
 
 def _read(model: MambaLanguageModel, prompts: list[list[int]], seeds: list[int]) -> _Batch:
-    device = model.backbone.embedding.weight.device
+    device = model.backbone.norm_f.weight.device
     vocab_size = model.config.vocab_size
     logits, states = [], []
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)

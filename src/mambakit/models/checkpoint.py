@@ -19,13 +19,16 @@ from mambakit.errors import CheckpointError, ConfigError
 from mambakit.files import atomic_write
 from mambakit.models.config import MambaConfig
 from mambakit.models.language_model import MambaLanguageModel
+from mambakit.models.quantisation import Quantisation, quantise
+from mambakit.nn.quantised_linear import QuantisedEmbedding
 
 FORMAT = "mambakit"
-VERSION = 1
+VERSION = 2
+"""Of a quantised checkpoint; one with float weights has version 1, which older programs can read."""
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-_HEAD = "lm_head.weight"
-_EMBEDDING = "backbone.embedding.weight"
+_HEAD = "lm_head."
+_EMBEDDING = "backbone.embedding."
 
 
 def save_model(model: MambaLanguageModel, folder: str | os.PathLike[str]) -> None:
@@ -38,8 +41,10 @@ def save_model(model: MambaLanguageModel, folder: str | os.PathLike[str]) -> Non
     """
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:
-        del weights[_HEAD]
-    description = {"format": FORMAT, "version": VERSION, "model": model.config.to_dict()}
+        weights = {n: tensor for n, tensor in weights.items() if not n.startswith(_HEAD)}
+    description = {"format": FORMAT, "version": 1, "model": model.config.to_dict()}
+    if model.quantisation is not None:
+        description |= {"version": 2, "quantisation": model.quantisation.to_dict()}
     with atomic_write(Path(folder) / WEIGHTS_FILE) as path:
         save_file(weights, path, metadata={"format": "pt"})
     with atomic_write(Path(folder) / CONFIG_FILE) as path:
@@ -62,16 +67,25 @@ def load_model(
         CheckpointError: There is no checkpoint, it is damaged, does not fit its config, is from a
             newer version, or has weights that are not finite.
     """
-    config = read_config(folder)
+    config, quantisation = _read_description(folder)
     path = Path(folder) / WEIGHTS_FILE
     weights = _read_weights(path, device)
     with torch.device("meta"):
         model = MambaLanguageModel(config)
-    if config.tie_embeddings and _EMBEDDING in weights:
-        weights[_HEAD] = weights[_EMBEDDING]
+        if quantisation is not None:
+            quantise(model, quantisation)
+    if config.tie_embeddings:
+        weights |= {
+            _HEAD + name.rpartition(".")[2]: tensor
+            for name, tensor in weights.items()
+            if name.startswith(_EMBEDDING)
+        }
     _check_weights(path, weights, model.state_dict())
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
+    embedding: Any = model.backbone.embedding
+    if isinstance(embedding, QuantisedEmbedding):
+        embedding.dtype = model.backbone.norm_f.weight.dtype
     return model if dtype is None else model.to(dtype)
 
 
@@ -81,6 +95,12 @@ def read_config(folder: str | os.PathLike[str]) -> MambaConfig:
     Raises:
         CheckpointError: There is none, or it cannot be read or understood.
     """
+    return _read_description(folder)[0]
+
+
+def _read_description(
+    folder: str | os.PathLike[str],
+) -> tuple[MambaConfig, Quantisation | None]:
     path = Path(folder) / CONFIG_FILE
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -100,7 +120,9 @@ def read_config(folder: str | os.PathLike[str]) -> MambaConfig:
     return _understand(path, description)
 
 
-def _understand(path: Path, description: dict[str, Any]) -> MambaConfig:
+def _understand(
+    path: Path, description: dict[str, Any]
+) -> tuple[MambaConfig, Quantisation | None]:
     version = description.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise CheckpointError(
@@ -109,8 +131,14 @@ def _understand(path: Path, description: dict[str, Any]) -> MambaConfig:
     model = description.get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f'{path} has no "model" entry; restore it from a backup')
+    quantisation = description.get("quantisation")
+    if quantisation is not None and not isinstance(quantisation, dict):
+        raise CheckpointError(
+            f'{path} has "quantisation": {quantisation!r}, wanted fields; restore it from a backup'
+        )
     try:
-        return MambaConfig.from_dict(model)
+        known = None if quantisation is None else Quantisation.from_dict(quantisation)
+        return MambaConfig.from_dict(model), known
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -140,6 +168,11 @@ def _check_weights(
         if got != want:
             raise CheckpointError(
                 f"{path} does not fit its {CONFIG_FILE}: {name} has shape {got}, wanted {want}"
+            )
+        kind = wanted[name].dtype
+        if tensor.dtype != kind and not (kind.is_floating_point and tensor.is_floating_point()):
+            raise CheckpointError(
+                f"{path} does not fit its {CONFIG_FILE}: {name} is {tensor.dtype}, wanted {kind}"
             )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(

@@ -14,8 +14,9 @@ from mambakit.nn.conv import CausalConv1d
 from mambakit.nn.linear import DtProjection, Linear
 from mambakit.nn.mixer import MambaMixer
 from mambakit.nn.norm import RMSNorm
+from mambakit.nn.quantised_linear import QuantisedDtProjection, QuantisedEmbedding, QuantisedLinear
 from mambakit.nn.state import MixerState
-from mambakit.ops.cpu.model_step import Layer, model_step, suitable
+from mambakit.ops.cpu.model_step import Head, Layer, model_step, suitable
 from mambakit.ops.dispatch import unavailable
 
 if TYPE_CHECKING:
@@ -38,24 +39,37 @@ def fused_step(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> 
     blocks = list(backbone.blocks())
     modules = [*map(_modules, blocks)]
     plain = [embedding, norm_f, head, *chain.from_iterable(modules)]
-    if not all(map(_is_plain, plain, (nn.Embedding, RMSNorm, Linear, *_KINDS * len(blocks)))):
+    ends, kinds = _KINDS if model.quantisation is None else _QUANTISED_KINDS
+    if not all(map(_is_plain, plain, (*ends, *kinds * len(blocks)))):
         return None
-    if unavailable("cpu", head.weight.device, head.weight.dtype):
+    if unavailable("cpu", norm_f.weight.device, norm_f.weight.dtype):
         return None
     layers = [*map(_layer, modules, state.layers)]
-    tensors = [norm_f.weight, head.weight, *chain.from_iterable(layers)]
-    if not suitable(tensors):
+    last = Head(norm_f.weight, *_matrix(head))
+    if not suitable(layers, last):
         return None
     eps = [*(block.norm.eps for block in blocks), norm_f.eps]
-    embedded = embedding.weight.detach().index_select(0, tokens)
-    return model_step(embedded, layers, norm_f.weight, head.weight, eps)
+    embedded = embedding(tokens)
+    logits = model_step(embedded.detach().to(torch.float32, copy=True), layers, last, eps)
+    return logits.to(embedded.dtype)
 
 
-_KINDS = (Block, RMSNorm, MambaMixer, Linear, CausalConv1d, Linear, DtProjection, Linear)
+_KINDS = (
+    (nn.Embedding, RMSNorm, Linear),
+    (Block, RMSNorm, MambaMixer, Linear, CausalConv1d, Linear, DtProjection, Linear),
+)
+_QUANTISED_KINDS = (
+    (QuantisedEmbedding, RMSNorm, QuantisedLinear),
+    (
+        Block, RMSNorm, MambaMixer, QuantisedLinear, CausalConv1d, QuantisedLinear,
+        QuantisedDtProjection, QuantisedLinear,
+    ),
+)  # fmt: skip
+"""Of embedding, last norm and head; and of a layer, in the order of `_modules`."""
 
 
 def _modules(block: Any) -> tuple[Any, ...]:
-    """A layer's modules, in the order of `_KINDS`.
+    """A layer's modules, in the order of `_KINDS[1]`.
 
     Looks into the dicts of the modules, since 400 calls of their `__getattr__` would take 5 % of a
     step.
@@ -76,20 +90,26 @@ def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
 
 def _layer(modules: tuple[Any, ...], state: MixerState) -> Layer:
     """The tensors of a layer."""
-    norm, mixer, in_proj, conv, x_proj, dt_proj, out_proj = (
-        module._parameters for module in modules[1:]
-    )
+    _, norm, mixer, in_proj, conv, x_proj, dt_proj, out_proj = modules
     return Layer(
-        norm=norm["weight"],
-        in_proj=in_proj["weight"],
-        conv=conv["weight"],
-        conv_bias=conv["bias"],
-        x_proj=x_proj["weight"],
-        dt_proj=dt_proj["weight"],
-        dt_bias=dt_proj["bias"],
-        A_log=mixer["A_log"],
-        D=mixer["D"],
-        out_proj=out_proj["weight"],
-        conv_state=state.conv_state,
-        ssm_state=state.ssm_state,
+        norm._parameters["weight"],
+        *_matrix(in_proj),
+        conv._parameters["weight"],
+        conv._parameters["bias"],
+        *_matrix(x_proj),
+        *_matrix(dt_proj),
+        dt_proj._parameters["bias"],
+        mixer._parameters["A_log"],
+        mixer._parameters["D"],
+        *_matrix(out_proj),
+        state.conv_state,
+        state.ssm_state,
     )
+
+
+def _matrix(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight of a layer, and its scales."""
+    buffers = layer._buffers
+    if buffers:
+        return buffers["codes"], buffers["scales"]
+    return layer._parameters["weight"], None

@@ -22,73 +22,149 @@ from mambakit.ops.cpu.threads import run
 NAP_SECONDS = 1e-4
 
 
+IN_ROWS, X_ROWS, SCAN_CHANNELS, OUT_ROWS, HEAD_ROWS = 64, 8, 64, 32, 128
+"""Rows of a float32 matrix, or channels, in a task: 100 KB of weights, which take 10 microseconds."""
+
+
 class Layer(NamedTuple):
-    """The tensors of a layer: real A, everything selective, projections without biases."""
+    """The tensors of a layer: real A, everything selective, projections without biases.
+
+    A matrix is a float tensor, and its scales None, or codes and scales as in `mambakit.ops.quantisation`.
+    """
 
     norm: Tensor
     in_proj: Tensor
+    in_scales: Tensor | None
     conv: Tensor
     conv_bias: Tensor
     x_proj: Tensor
+    x_scales: Tensor | None
     dt_proj: Tensor
+    dt_scales: Tensor | None
     dt_bias: Tensor
     A_log: Tensor
     D: Tensor
     out_proj: Tensor
+    out_scales: Tensor | None
     conv_state: Tensor
     ssm_state: Tensor
 
 
-def suitable(tensors: Sequence[Tensor]) -> bool:
-    """Whether the kernel can read them where they lie."""
-    return all(t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
+class Head(NamedTuple):
+    """The last norm, (M,), and the head, (V, M), in the form of the layers' matrices."""
+
+    norm: Tensor
+    weight: Tensor
+    scales: Tensor | None
+
+
+def suitable(layers: Sequence[Layer], head: Head) -> bool:
+    """Whether the kernel can read them where they lie, and has a form for their dtypes."""
+    small, matrix, scale = (None if t is None else t.dtype for t in head)
+    if (small, matrix, scale) not in _FORMS:
+        return False
+    steering = torch.int8 if scale else matrix
+    exact = torch.float32
+    wanted = [small, matrix, scale, small, small, steering, scale, steering, scale]
+    wanted += [exact, exact, exact, matrix, scale, small, exact]
+    for layer in layers:
+        if [None if t is None else t.dtype for t in layer] != wanted:
+            return False
+    tensors = [t for t in chain(head, *layers) if t is not None]
+    return all(t.is_cpu and t.is_contiguous() for t in tensors)
+
+
+_FORMS = (
+    (torch.float32, torch.float32, None),
+    (torch.bfloat16, torch.bfloat16, None),
+    (torch.float32, torch.int8, torch.bfloat16),
+    (torch.float32, torch.int16, torch.bfloat16),
+)
+"""Dtypes of norms and convolutions, of matrices, of their scales."""
 
 
 def model_step(
-    embedded: Tensor, layers: Sequence[Layer], norm_f: Tensor, head: Tensor, eps: Sequence[float]
+    embedded: Tensor, layers: Sequence[Layer], head: Head, eps: Sequence[float]
 ) -> Tensor:
-    """Logits, (B, V), from the embeddings of a token a sequence, (B, M); the states move on.
+    """Logits, (B, V) float32, from the embeddings of a token a sequence, (B, M); the states move on.
 
-    All tensors are `suitable`. A row does not depend on the other rows of the batch, nor on the number of threads.
+    Tensors are `suitable`. A row does not depend on the other rows of the batch, nor on the number of threads.
+    What is between matrices is float32; codes are multiplied with it as in `mambakit.ops.quantised_linear`.
 
     Args:
-        embedded: (B, M); overwritten.
+        embedded: (B, M) float32; overwritten.
         layers: First layer first.
-        norm_f: Weight of the last norm, (M,).
-        head: (V, M).
+        head: What follows them.
         eps: Of the norm of each layer, and of the last norm.
     """
-    from mambakit.ops.cpu.kernels.model_step import PARTS, Rows, Sizes
+    from mambakit.ops.cpu.kernels.model_step import PARTS
 
-    batch, d_model = embedded.shape
-    d_inner, d_state = layers[0].A_log.shape
-    dt_rank = layers[0].dt_proj.shape[1]
-    sizes = Sizes(len(layers), d_model, d_inner, d_state, layers[0].conv.shape[-1], dt_rank)
-    addresses = [*map(Tensor.data_ptr, chain.from_iterable(layers))]
+    sizes = _sizes(layers, head)
+    addresses = [0 if t is None else t.data_ptr() for t in chain.from_iterable(layers)]
     table = np.array(addresses, np.int64).view(_ADDRESSES)
-    logits = embedded.new_empty(batch, head.shape[0])
-    rows = Rows(
-        hidden=np.zeros((batch, d_model), np.float32),
-        residual=array(embedded),
-        normed=np.empty((batch, d_model), np.float32),
-        xz=np.empty((batch, 2 * d_inner), np.float32),
-        x=np.empty((batch, d_inner), np.float32),
-        steering=np.empty((batch, dt_rank + 2 * d_state), np.float32),
-        dt=np.empty((batch, d_inner), np.float32),
-        y=np.empty((batch, d_inner), np.float32),
-        logits=array(logits),
-    )
+    logits = embedded.new_empty(embedded.shape[0], head.weight.shape[0])
+    rows = _rows(embedded, logits, layers[0], sizes)
     claimed, done = np.zeros((2, PARTS * len(layers) + 2), np.int64)
-    weights = len(layers) * layers[0].in_proj.numel() + head.numel()
+    weights = len(layers) * layers[0].in_proj.numel() + head.weight.numel()
     threads = torch.get_num_threads() if weights > SMALL else 1
+    steering = array(layers[0].x_proj[:0, :0].reshape(-1))
+    scales = _NO_SCALES if head.scales is None else array(head.scales)
     run(
-        _walk, threads, sizes, table, np.array(eps, np.float32), array(norm_f), array(head), rows, claimed, done,
+        _walk, threads, sizes, table, np.array(eps, np.float32), array(head.norm), steering, scales,
+        array(head.weight), rows, claimed, done,
     )  # fmt: skip
     increment_version([state for layer in layers for state in (layer.conv_state, layer.ssm_state)])
     return logits
 
 
 _ADDRESSES = np.dtype([(name, np.int64) for name in Layer._fields])
+_NO_SCALES = np.empty((0, 0), np.uint16)
+
+
+def _sizes(layers: Sequence[Layer], head: Head) -> Any:
+    """Sizes of the model and of tasks, which hold as many bytes in any format, and whole groups of codes."""
+    from mambakit.ops.cpu.kernels.model_step import Sizes
+
+    first = layers[0]
+    d_inner, d_state = first.A_log.shape
+    d_model = head.norm.shape[0]
+    dt_rank = first.x_proj.shape[0] - 2 * d_state
+    per_byte = 1 if head.weight.dtype == torch.float32 else 2 if head.scales is None else 4
+    return Sizes(
+        len(layers), d_model, d_inner, d_state, first.conv.shape[-1], dt_rank,
+        in_rows=IN_ROWS * per_byte, x_rows=X_ROWS, scan_channels=max(SCAN_CHANNELS, 128 if head.scales is not None else 0),
+        out_rows=OUT_ROWS * per_byte, head_rows=HEAD_ROWS * per_byte,
+    )  # fmt: skip
+
+
+def _rows(embedded: Tensor, logits: Tensor, layer: Layer, sizes: Any) -> Any:
+    """What the phases hand on; codes and steps are zeros, as their padding has to be."""
+    from mambakit.ops.cpu.kernels.model_step import Rows
+    from mambakit.ops.cpu.kernels.operand import Operand
+
+    batch = embedded.shape[0]
+
+    def empty(size: int) -> Any:
+        return np.empty((batch, size), np.float32)
+
+    def operand(size: int, scales: Tensor | None, group: int) -> Any:
+        groups = 0 if scales is None else scales.shape[1]
+        codes = np.zeros((batch, groups * group), np.int16)
+        return Operand(empty(size), codes, np.zeros((batch, groups), np.float32))
+
+    # Matrices of eight bits have as many codes a row as columns.
+    group = 0 if layer.x_scales is None else layer.x_proj.shape[1] // layer.x_scales.shape[1]
+    return Rows(
+        hidden=np.zeros((batch, sizes.d_model), np.float32),
+        residual=array(embedded),
+        normed=operand(sizes.d_model, layer.in_scales, group),
+        xz=empty(2 * sizes.d_inner),
+        x=operand(sizes.d_inner, layer.x_scales, group),
+        steering=operand(sizes.dt_rank + 2 * sizes.d_state, layer.dt_scales, group),
+        dt=empty(sizes.d_inner),
+        y=operand(sizes.d_inner, layer.out_scales, group),
+        logits=array(logits),
+    )
 
 
 def _walk(first: int, last: int, sizes: Any, *args: Any) -> None:

@@ -1,0 +1,47 @@
+"""A linear layer of a quantised weight on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from mambakit.ops.cpu.arrays import array, vector
+from mambakit.ops.cpu.linear import SMALL
+from mambakit.ops.cpu.threads import run
+from mambakit.ops.quantisation import QuantisedWeight, dequantise
+
+FEW = 16
+"""Up to so many rows integer products are faster; above, a float32 product of the matrix made whole."""
+
+
+def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
+    """Arguments as in `mambakit.ops.quantised_linear.quantised_linear`."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] > FEW:
+        # In float32 for bfloat16 too, which not every CPU multiplies.
+        wide = linear(rows.float(), dequantise(weight, torch.float32), _wide(bias))
+        return wide.to(x.dtype).view(*x.shape[:-1], -1)
+    return _few_rows(rows, weight, bias).view(*x.shape[:-1], -1)
+
+
+def _few_rows(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
+    from mambakit.ops.cpu.kernels.quantised_linear import multiply, round_rows
+
+    outputs, groups = weight.scales.shape
+    dtype, x = x.dtype, x if x.dtype == torch.bfloat16 else x.float()
+    codes = np.empty((x.shape[0], weight.padded_columns), np.int16)
+    steps = np.empty((x.shape[0], groups), np.float32)
+    round_rows(0, x.shape[0], array(x.contiguous()), codes, steps)
+    y = x.new_empty(x.shape[0], outputs)
+    matrix = array(weight.codes.contiguous()), array(weight.scales.contiguous())
+    if weight.codes.numel() < SMALL:
+        multiply(0, outputs, codes, steps, *matrix, vector(bias), array(y))
+    else:
+        run(multiply, outputs, codes, steps, *matrix, vector(bias), array(y))
+    return y.to(dtype)
+
+
+def _wide(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float()
