@@ -10,7 +10,6 @@ from mambakit.data import Tokenizer, load_tokenizer
 from mambakit.errors import CheckpointError
 from mambakit.models.checkpoint import load_model
 from mambakit.models.language_model import MambaLanguageModel
-from mambakit.ops.cpu.features import check_bfloat16
 from mambakit.train.checkpointing import find_model
 from mambakit.train.distributed import find_device
 
@@ -22,11 +21,8 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: There is no checkpoint, it cannot be used, or it has no tokenizer.
-        ConfigError: The precision is hopelessly slow on the device.
     """
     place = find_device(device)
-    if precision == "bfloat16":
-        check_bfloat16(place)
     folder = find_model(path)
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json; put the model's tokenizer there")

@@ -98,6 +98,15 @@ def read_config(folder: str | os.PathLike[str]) -> MambaConfig:
     return _read_description(folder)[0]
 
 
+def read_quantisation(folder: str | os.PathLike[str]) -> Quantisation | None:
+    """How the weights of a checkpoint are quantised; None if they are floats.
+
+    Raises:
+        CheckpointError: As `read_config`.
+    """
+    return _read_description(folder)[1]
+
+
 def _read_description(
     folder: str | os.PathLike[str],
 ) -> tuple[MambaConfig, Quantisation | None]:

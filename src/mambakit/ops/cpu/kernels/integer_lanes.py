@@ -97,8 +97,8 @@ def sum_totals(typingctx: Any, totals: Any) -> Any:
     return float32(totals), build
 
 
-def _half_block(half: int) -> Any:
-    """Adds the products of 32 codes, one half of a block, to the sums; see `first_half`."""
+def _add_codes(sixteens: range) -> Any:
+    """Adds the products of some codes of a block to the sums; see `add_block`."""
 
     @intrinsic
     def add(typingctx: Any, sums: Any, codes: Any, place: Any, x: Any, start: Any) -> Any:
@@ -106,7 +106,7 @@ def _half_block(half: int) -> Any:
             total, codes, place, x, start = args
             codes = _pointer(context, builder, sig.args[1], codes, place)
             x = _pointer(context, builder, sig.args[3], x, start)
-            for sixteen in (2 * half, 2 * half + 1):
+            for sixteen in sixteens:
                 if sig.args[1].dtype == int8:
                     narrow = _load(builder, codes, 16 * sixteen, _BYTES)
                     widened = builder.sext(narrow, _WORDS)
@@ -121,10 +121,10 @@ def _half_block(half: int) -> Any:
     return add
 
 
-first_half, second_half = _half_block(0), _half_block(1)
-"""first_half(sums, codes, place, x, start): sums + products of codes 0 to 31 of a block with x (int16).
+add_block, first_half, second_half = map(_add_codes, (range(4), range(2), range(2, 4)))
+"""add_block(sums, codes, place, x, start): sums + products of the 64 codes of a block with x (int16).
 
-place, start: indices, as tuples, of what belongs to code 0 of the block; second_half takes codes 32 to 63.
+place, start: indices, as tuples, of what belongs to code 0 of the block. The halves take 32 codes each.
 """
 
 

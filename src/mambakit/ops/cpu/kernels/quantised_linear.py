@@ -10,6 +10,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from mambakit.ops.cpu.kernels.integer_lanes import (
+    add_block,
     add_scaled,
     first_half,
     no_sums,
@@ -49,66 +50,88 @@ def round_groups(x, first, last, codes, steps):
             codes[k] = np.int16(0)
 
 
-@register_jitable
-def add_halves(half, sums, codes, rows, place, x, b, start):
-    """Sums of four rows of the matrix, half a block on."""
-    return (
-        half(sums[0], codes, (rows[0], place), x, (b, start)),
-        half(sums[1], codes, (rows[1], place), x, (b, start)),
-        half(sums[2], codes, (rows[2], place), x, (b, start)),
-        half(sums[3], codes, (rows[3], place), x, (b, start)),
-    )
+@register_jitable(forceinline=True)
+def block_groups(codes, scales, o0, o1, o2, o3, x, steps, b):
+    """Totals of four rows of the matrix with row b of x, for groups of whole blocks.
+
+    Written out four times: with tuples and loops over them LLVM makes code that takes twice as long.
+    """
+    blocks = x.shape[1] // BLOCK
+    width, shift = codes.shape[1] // blocks, 0 if scales.shape[1] == blocks else 1
+    scales0, scales1, scales2, scales3 = scales[o0], scales[o1], scales[o2], scales[o3]
+    total0 = total1 = total2 = total3 = no_totals()
+    for block in range(blocks):
+        c, k, g = block * width, block * BLOCK, block >> shift
+        sum0 = sum1 = sum2 = sum3 = no_sums()
+        sum0 = add_block(sum0, codes, (o0, c), x, (b, k))
+        sum1 = add_block(sum1, codes, (o1, c), x, (b, k))
+        sum2 = add_block(sum2, codes, (o2, c), x, (b, k))
+        sum3 = add_block(sum3, codes, (o3, c), x, (b, k))
+        step = steps[b, g]
+        total0 = add_scaled(total0, sum0, load(scales0, g) * step)
+        total1 = add_scaled(total1, sum1, load(scales1, g) * step)
+        total2 = add_scaled(total2, sum2, load(scales2, g) * step)
+        total3 = add_scaled(total3, sum3, load(scales3, g) * step)
+    return total0, total1, total2, total3
 
 
-@register_jitable
-def add_group(totals, sums, scales, rows, g, step):
-    """Totals of four rows, with the sums of group g."""
-    return (
-        add_scaled(totals[0], sums[0], load(scales[rows[0]], g) * step),
-        add_scaled(totals[1], sums[1], load(scales[rows[1]], g) * step),
-        add_scaled(totals[2], sums[2], load(scales[rows[2]], g) * step),
-        add_scaled(totals[3], sums[3], load(scales[rows[3]], g) * step),
-    )
+@register_jitable(forceinline=True)
+def half_groups(codes, scales, o0, o1, o2, o3, x, steps, b):
+    """As `block_groups`, for groups of half a block."""
+    blocks = x.shape[1] // BLOCK
+    width, zero = codes.shape[1] // blocks, no_sums()
+    scales0, scales1, scales2, scales3 = scales[o0], scales[o1], scales[o2], scales[o3]
+    total0 = total1 = total2 = total3 = no_totals()
+    for block in range(blocks):
+        c, k, g = block * width, block * BLOCK, 2 * block
+        first, second = steps[b, g], steps[b, g + 1]
+        sum0 = first_half(zero, codes, (o0, c), x, (b, k))
+        sum1 = first_half(zero, codes, (o1, c), x, (b, k))
+        sum2 = first_half(zero, codes, (o2, c), x, (b, k))
+        sum3 = first_half(zero, codes, (o3, c), x, (b, k))
+        total0 = add_scaled(total0, sum0, load(scales0, g) * first)
+        total1 = add_scaled(total1, sum1, load(scales1, g) * first)
+        total2 = add_scaled(total2, sum2, load(scales2, g) * first)
+        total3 = add_scaled(total3, sum3, load(scales3, g) * first)
+        sum0 = second_half(zero, codes, (o0, c), x, (b, k))
+        sum1 = second_half(zero, codes, (o1, c), x, (b, k))
+        sum2 = second_half(zero, codes, (o2, c), x, (b, k))
+        sum3 = second_half(zero, codes, (o3, c), x, (b, k))
+        total0 = add_scaled(total0, sum0, load(scales0, g + 1) * second)
+        total1 = add_scaled(total1, sum1, load(scales1, g + 1) * second)
+        total2 = add_scaled(total2, sum2, load(scales2, g + 1) * second)
+        total3 = add_scaled(total3, sum3, load(scales3, g + 1) * second)
+    return total0, total1, total2, total3
 
 
-@register_jitable
-def four_rows(codes, scales, rows, x, steps, b):
-    """Products of four rows of the matrix with row b of x."""
-    groups, blocks = scales.shape[1], x.shape[1] // BLOCK
-    width, is_half = codes.shape[1] // blocks, groups == 2 * blocks
-    per_group = max(1, blocks // groups)
-    zero, none = no_sums(), no_totals()
-    totals, g = (none, none, none, none), 0
-    for first in range(0, blocks, per_group):
-        sums = (zero, zero, zero, zero)
-        for block in range(first, first + per_group):
-            place, start = block * width, block * BLOCK
-            sums = add_halves(first_half, sums, codes, rows, place, x, b, start)
-            if is_half:
-                totals = add_group(totals, sums, scales, rows, g, steps[b, g])
-                sums, g = (zero, zero, zero, zero), g + 1
-            sums = add_halves(second_half, sums, codes, rows, place, x, b, start)
-        totals = add_group(totals, sums, scales, rows, g, steps[b, g])
-        g += 1
-    return totals
+@register_jitable(forceinline=True)
+def finish(y_row, o, totals, bias):
+    """Write one product."""
+    total = sum_totals(totals)
+    store(y_row, o, total if bias is None else total + bias[o])
 
 
 @register_jitable
 def quantised_product(first, last, x, steps, codes, scales, bias, y):
     """As `multiply`; the rows are read in four streams, as in `linear.product`."""
     quarter = (last - first + 3) // 4
+    is_half = scales.shape[1] * BLOCK > x.shape[1]
     for o0 in range(first, first + quarter):
-        rows = (
-            o0,
+        o1, o2, o3 = (
             min(o0 + quarter, last - 1),
             min(o0 + 2 * quarter, last - 1),
             min(o0 + 3 * quarter, last - 1),
         )
         for b in range(x.shape[0]):
-            totals = four_rows(codes, scales, rows, x, steps, b)
-            for i in range(4):
-                total = sum_totals(totals[i])
-                store(y[b], rows[i], total if bias is None else total + bias[rows[i]])
+            totals = (
+                half_groups(codes, scales, o0, o1, o2, o3, x, steps, b)
+                if is_half
+                else block_groups(codes, scales, o0, o1, o2, o3, x, steps, b)
+            )
+            finish(y[b], o0, totals[0], bias)
+            finish(y[b], o1, totals[1], bias)
+            finish(y[b], o2, totals[2], bias)
+            finish(y[b], o3, totals[3], bias)
 
 
 @kernel
