@@ -129,9 +129,7 @@ def _read_description(
     return _understand(path, description)
 
 
-def _understand(
-    path: Path, description: dict[str, Any]
-) -> tuple[MambaConfig, Quantisation | None]:
+def _understand(path: Path, description: dict[str, Any]) -> tuple[MambaConfig, Quantisation | None]:
     version = description.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise CheckpointError(

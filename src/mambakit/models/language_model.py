@@ -102,7 +102,9 @@ class MambaLanguageModel(nn.Module):
         self.config = config
         self.quantisation: Quantisation | None = None
         self.backbone = Backbone(config)
-        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self.lm_head: Linear | QuantisedLinear = Linear(
+            config.d_model, config.padded_vocab_size, bias=False
+        )
         self._initialise()
         self.tie_weights()
 
@@ -247,7 +249,9 @@ class MambaLanguageModel(nn.Module):
         """
         config = self.config
         if self.quantisation is not None:
-            raise ArgumentError("flops_per_token: a quantised model is not trained; ask a float one")
+            raise ArgumentError(
+                "flops_per_token: a quantised model is not trained; ask a float one"
+            )
         weights = [m.weight for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv1d))]
         states = config.n_layer * config.d_inner * config.d_state * (4 if config.is_complex else 1)
         return 6 * sum(weight.numel() for weight in weights) + 3 * 7 * states

@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 from mambakit.ops.cpu.arrays import array
 from mambakit.ops.cpu.linear import SMALL
 from mambakit.ops.cpu.threads import run
+from mambakit.ops.quantisation import GROUP_SIZES
 
 NAP_SECONDS = 1e-4
 
@@ -129,11 +130,11 @@ def _sizes(layers: Sequence[Layer], head: Head) -> Any:
     d_inner, d_state = first.A_log.shape
     d_model = head.norm.shape[0]
     dt_rank = first.x_proj.shape[0] - 2 * d_state
-    per_byte = 1 if head.weight.dtype == torch.float32 else 2 if head.scales is None else 4
+    times = 1 if head.weight.dtype == torch.float32 else 2 if head.scales is None else 4
     return Sizes(
         len(layers), d_model, d_inner, d_state, first.conv.shape[-1], dt_rank,
-        in_rows=IN_ROWS * per_byte, x_rows=X_ROWS, scan_channels=max(SCAN_CHANNELS, 128 if head.scales is not None else 0),
-        out_rows=OUT_ROWS * per_byte, head_rows=HEAD_ROWS * per_byte,
+        in_rows=IN_ROWS * times, x_rows=X_ROWS, out_rows=OUT_ROWS * times, head_rows=HEAD_ROWS * times,
+        scan_channels=max(SCAN_CHANNELS, 0 if head.scales is None else max(GROUP_SIZES)),
     )  # fmt: skip
 
 

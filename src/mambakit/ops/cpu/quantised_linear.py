@@ -18,12 +18,12 @@ FEW = 16
 
 def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
     """Arguments as in `mambakit.ops.quantised_linear.quantised_linear`."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows, shape = x.reshape(-1, weight.columns), (*x.shape[:-1], weight.codes.shape[0])
     if rows.shape[0] > FEW:
         # In float32 for bfloat16 too, which not every CPU multiplies.
         wide = linear(rows.float(), dequantise(weight, torch.float32), _wide(bias))
-        return wide.to(x.dtype).view(*x.shape[:-1], -1)
-    return _few_rows(rows, weight, bias).view(*x.shape[:-1], -1)
+        return wide.to(x.dtype).view(shape)
+    return _few_rows(rows, weight, bias).view(shape)
 
 
 def _few_rows(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:

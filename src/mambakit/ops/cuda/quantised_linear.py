@@ -20,12 +20,12 @@ THREADS = 256
 
 def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
     """Arguments as in `mambakit.ops.quantised_linear.quantised_linear`."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, weight.columns)
     if rows.shape[0] > FEW:
         y = linear(rows, _dequantise(weight, x.dtype), None if bias is None else bias.to(x.dtype))
     else:
         y = _few_rows(rows, weight, bias)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], weight.codes.shape[0])
 
 
 def _few_rows(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
@@ -53,7 +53,9 @@ def _dequantise(weight: QuantisedWeight, dtype: torch.dtype) -> Tensor:
     """The matrix, (O, K)."""
     codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
     whole = torch.empty(codes.shape[0], weight.columns, dtype=dtype, device=codes.device)
-    blocks = min(-(-codes.shape[0] * _pieces(weight) // THREADS), 16 * multiprocessors(codes.device))
+    blocks = min(
+        -(-codes.shape[0] * _pieces(weight) // THREADS), 16 * multiprocessors(codes.device)
+    )
     launch = kernel(
         "dequantise.cu", "dequantise", codes.device, X=TYPES[dtype],
         WHOLE=int(weight.columns % 8 == 0), **_constants(weight),

@@ -1,6 +1,6 @@
-"""Rows that are multiplied with a matrix of any format: float32, bfloat16 (uint16), codes of eight (int8) or four bits (int16).
+"""Rows that are multiplied with a matrix of any format. The dtype of its array says which, and a kernel is made for each.
 
-The dtype of an array says which format is meant, so a kernel is compiled for each.
+float32; uint16: bfloat16; int8: codes of eight bits; int16: codes of four bits.
 """
 
 from __future__ import annotations
