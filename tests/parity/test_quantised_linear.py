@@ -92,6 +92,13 @@ def test_a_gpu_makes_the_same_matrix(bits, group_size, size, dtype) -> None:
     assert torch.equal(cuda._dequantise(weight, dtype), dequantise(weight, dtype))
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("bits", "group_size"), FORMS)
+def test_a_cpu_makes_the_same_matrix(bits, group_size, size) -> None:
+    _, weight, _ = make("cpu", 1, size, bits, group_size)
+    assert torch.equal(cpu._dequantise(weight), dequantise(weight, torch.float32))
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("rows", [2, 40])
 def test_dtypes(backend, rows, dtype) -> None:

@@ -49,9 +49,8 @@ def fused_step(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> 
     if not suitable(layers, last):
         return None
     eps = [*(block.norm.eps for block in blocks), norm_f.eps]
-    embedded = embedding(tokens)
-    logits = model_step(embedded.detach().to(torch.float32, copy=True), layers, last, eps)
-    return logits.to(embedded.dtype)
+    embedded = embedding(tokens).detach().to(torch.float32, copy=True)
+    return model_step(embedded, layers, last, eps)
 
 
 _KINDS = (

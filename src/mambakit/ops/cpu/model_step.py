@@ -87,7 +87,7 @@ _FORMS = (
 def model_step(
     embedded: Tensor, layers: Sequence[Layer], head: Head, eps: Sequence[float]
 ) -> Tensor:
-    """Logits, (B, V) float32, from the embeddings of a token a sequence, (B, M); the states move on.
+    """Logits, (B, V) in the dtype of the norms, from the embeddings of a token a sequence, (B, M); the states move on.
 
     Tensors are `suitable`. A row does not depend on the other rows of the batch, nor on the number of threads.
     What is between matrices is float32; codes are multiplied with it as in `mambakit.ops.quantised_linear`.
@@ -103,7 +103,7 @@ def model_step(
     sizes = _sizes(layers, head)
     addresses = [0 if t is None else t.data_ptr() for t in chain.from_iterable(layers)]
     table = np.array(addresses, np.int64).view(_ADDRESSES)
-    logits = embedded.new_empty(embedded.shape[0], head.weight.shape[0])
+    logits = head.norm.new_empty(embedded.shape[0], head.weight.shape[0])
     rows = _rows(embedded, logits, layers[0], sizes)
     claimed, done = np.zeros((2, PARTS * len(layers) + 2), np.int64)
     weights = len(layers) * layers[0].in_proj.numel() + head.weight.numel()

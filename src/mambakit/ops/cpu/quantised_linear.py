@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from mambakit.ops.cpu.arrays import array, vector
 from mambakit.ops.cpu.linear import SMALL
 from mambakit.ops.cpu.threads import run
-from mambakit.ops.quantisation import QuantisedWeight, dequantise
+from mambakit.ops.quantisation import QuantisedWeight
 
 FEW = 16
 """Up to so many rows integer products are faster; above, a float32 product of the matrix made whole."""
@@ -21,7 +21,7 @@ def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) ->
     rows, shape = x.reshape(-1, weight.columns), (*x.shape[:-1], weight.codes.shape[0])
     if rows.shape[0] > FEW:
         # In float32 for bfloat16 too, which not every CPU multiplies.
-        wide = linear(rows.float(), dequantise(weight, torch.float32), _wide(bias))
+        wide = linear(rows.float(), _dequantise(weight), _wide(bias))
         return wide.to(x.dtype).view(shape)
     return _few_rows(rows, weight, bias).view(shape)
 
@@ -41,6 +41,16 @@ def _few_rows(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor
     else:
         run(multiply, outputs, codes, steps, *matrix, vector(bias), array(y))
     return y.to(dtype)
+
+
+def _dequantise(weight: QuantisedWeight) -> Tensor:
+    """The matrix in float32, (O, K)."""
+    from mambakit.ops.cpu.kernels.quantised_linear import dequantise
+
+    whole = torch.empty(weight.codes.shape[0], weight.columns)
+    matrix = array(weight.codes.contiguous()), array(weight.scales.contiguous())
+    run(dequantise, weight.codes.shape[0], *matrix, array(whole))
+    return whole
 
 
 def _wide(bias: Tensor | None) -> Tensor | None:

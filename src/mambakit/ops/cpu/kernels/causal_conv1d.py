@@ -124,14 +124,14 @@ def backward(
 def advance(state, value, weight, bias, silu):
     """One step of one channel: y; the state (W-1,) moves on to the value. weight: (W,)."""
     taps = weight.size
-    total = load(weight, taps - 1) * load(value, 0)
+    total = weight[taps - 1] * load(value, 0)
     for tap in range(taps - 1):
-        total += load(weight, tap) * load(state, tap)
+        total += weight[tap] * load(state, tap)
     total += bias
     for tap in range(taps - 2):
         state[tap] = state[tap + 1]
     if taps > 1:
-        store(state, taps - 2, load(value, 0))
+        state[taps - 2] = value[0]
     return total * sigmoid(total) if silu else total
 
 

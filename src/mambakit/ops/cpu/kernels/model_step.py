@@ -12,11 +12,19 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from mambakit.ops.cpu.kernels import causal_conv1d
 from mambakit.ops.cpu.kernels.memory import array_at, count, counted, floats
 from mambakit.ops.cpu.kernels.operand import Operand, matrix_at, multiply, prepare
 from mambakit.ops.cpu.kernels.rms_norm import normalise
-from mambakit.ops.cpu.kernels.simd import LOG2_E, any_order, exp2, kernel, load, sigmoid, softplus
+from mambakit.ops.cpu.kernels.simd import (
+    LOG2_E,
+    any_order,
+    exp2,
+    kernel,
+    load,
+    sigmoid,
+    softplus,
+    store,
+)
 
 ZERO = np.float32(0)
 
@@ -68,6 +76,26 @@ def add_norm(b, weight, eps, rows, head):
 
 
 @register_jitable
+def convolve(b, first, last, inputs, taps, bias, state, x):
+    """x = silu(convolution) of some channels; their state, (B, D, W-1), moves on. Loops over channels, for speed."""
+    newest = taps.shape[1] - 1
+    for c in range(first, last):
+        x[c] = load(taps[c], newest) * inputs[c]
+    for tap in range(newest):
+        for c in range(first, last):
+            x[c] += load(taps[c], tap) * load(state[b, c], tap)
+    for tap in range(newest - 1):
+        for c in range(first, last):
+            state[b, c, tap] = state[b, c, tap + 1]
+    if newest > 0:
+        for c in range(first, last):
+            store(state[b, c], newest - 1, inputs[c])
+    for c in range(first, last):
+        total = x[c] + load(bias, c)
+        x[c] = total * sigmoid(total)
+
+
+@register_jitable
 def in_proj(first, last, sizes, layer, rows, norm_f, head):
     """Rows of x and z, and the convolution of those of x."""
     batch, d_inner, d_conv = rows.xz.shape[0], sizes.d_inner, sizes.d_conv
@@ -80,9 +108,7 @@ def in_proj(first, last, sizes, layer, rows, norm_f, head):
     state = array_at(layer.conv_state, (batch, d_inner, d_conv - 1), norm_f)
     last = min(last, d_inner)
     for b in range(batch):
-        xz, x = rows.xz[b], rows.x.values[b]
-        for c in range(first, last):
-            x[c] = causal_conv1d.advance(state[b, c], xz[c : c + 1], taps[c], load(bias, c), True)
+        convolve(b, first, last, rows.xz[b], taps, bias, state, rows.x.values[b])
         prepare(rows.x, b, first, last, d_inner, head)
 
 

@@ -1,4 +1,4 @@
-"""Rows that are multiplied with a matrix of any format. The dtype of its array says which, and a kernel is made for each.
+"""Rows that are multiplied with a matrix of any format. Its dtype says which, and a kernel is compiled for each.
 
 float32; uint16: bfloat16; int8: codes of eight bits; int16: codes of four bits.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload, register_jitable
 
-from mambakit.ops.cpu.kernels.linear import product
+from mambakit.ops.cpu.kernels.linear import bfloat16_product, product
 from mambakit.ops.cpu.kernels.memory import array_at
 from mambakit.ops.cpu.kernels.quantised_linear import quantised_product, round_groups
 
@@ -72,9 +72,13 @@ def multiply(first, last, operand, weight, scales, y):
 
 @overload(multiply)
 def _multiply(first, last, operand, weight, scales, y):
-    if weight.dtype in _FLOATS:
+    if weight.dtype == types.float32:
         return lambda first, last, operand, weight, scales, y: product(
             first, last, operand.values, weight, None, y
+        )
+    if weight.dtype == types.uint16:
+        return lambda first, last, operand, weight, scales, y: bfloat16_product(
+            first, last, operand.values, weight, y
         )
     return lambda first, last, operand, weight, scales, y: quantised_product(
         first, last, operand.codes, operand.steps, weight, scales, None, y

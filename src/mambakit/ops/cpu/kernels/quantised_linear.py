@@ -7,7 +7,8 @@ sums within a group are exact integers: at most 16 * 32767 * 128 in each of the 
 from __future__ import annotations
 
 import numpy as np
-from numba.extending import register_jitable
+from numba import int8
+from numba.extending import overload, register_jitable
 
 from mambakit.ops.cpu.kernels.integer_lanes import (
     add_block,
@@ -134,6 +135,22 @@ def quantised_product(first, last, x, steps, codes, scales, bias, y):
             finish(y[b], o3, totals[3], bias)
 
 
+def code_at(codes, start, i):
+    """Code start + i of a row as float32; 16 divides start, and i is less."""
+
+
+@overload(code_at)
+def _code_at(codes, start, i):
+    if codes.dtype == int8:
+        return lambda codes, start, i: np.float32(codes[start + i])
+
+    def nibble(codes, start, i):
+        word = np.int32(codes[start // BLOCK * 16 + i])
+        return np.float32(((word >> (start // 4 % 16)) & 15 ^ 8) - 8)
+
+    return nibble
+
+
 @kernel
 def multiply(first, last, x, steps, codes, scales, bias, y):
     """Y = x weight^T + bias for rows of the weight from first to last.
@@ -149,3 +166,17 @@ def round_rows(first, last, x, codes, steps):
     """Round rows of x, (B, K) float32 or bfloat16, to codes (B, K') int16 and steps (B, groups) float32."""
     for b in range(first, last):
         round_groups(x[b], 0, steps.shape[1], codes[b], steps[b])
+
+
+@kernel
+def dequantise(first, last, codes, scales, weight):
+    """Write rows of the matrix, weight (O, K) float32, from codes and scales as in `multiply`."""
+    columns, groups = weight.shape[1], scales.shape[1]
+    group = (codes.shape[1] if codes.itemsize == 1 else 4 * codes.shape[1]) // groups
+    for o in range(first, last):
+        row, code_row = weight[o], codes[o]
+        for g in range(groups):
+            scale = load(scales[o], g)
+            for start in range(g * group, min((g + 1) * group, columns), 16):
+                for k in range(start, min(start + 16, columns)):
+                    row[k] = scale * code_at(code_row, start, k - start)
