@@ -33,7 +33,7 @@ def quantised_linear(
         ShapeError, DtypeError, ArgumentError: An argument does not fit.
         BackendError: The named backend cannot run this call here.
 
-    Numerics: cuda has float32 sums. cpu rounds a few rows of x (up to 16) to 16-bit integers, each
+    Numerics: cuda has float32 sums. cpu rounds a few rows of x (up to 64) to 16-bit integers, each
     group of `weight.group_size` numbers with a step of its own, max |x| / 32767; sums are integers
     within a group and float32 between groups. So it differs from the reference by at most
     max |x| / 65534 sum |w| for each group, some 2e-5 of y; rounding the weight itself changes 6e-3

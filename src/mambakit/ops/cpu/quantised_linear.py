@@ -12,7 +12,7 @@ from mambakit.ops.cpu.linear import SMALL
 from mambakit.ops.cpu.threads import run
 from mambakit.ops.quantisation import QuantisedWeight
 
-FEW = 16
+FEW = 64
 """Up to so many rows integer products are faster; above, a float32 product of the matrix made whole."""
 
 
