@@ -51,9 +51,8 @@ def _run_forward(
         return y, state.zero_() if initial_state is None else state.copy_(initial_state)
     x = readable(x)
     along = lanes(_most(x, weight), x.shape[2], x)
-    launch, grid, inputs, length = _prepare(
-        "forward", along, x, weight, bias, initial_state, seq_idx, silu
-    )
+    constants, grid, inputs, length = _prepare(along, x, weight, bias, initial_state, seq_idx, silu)
+    launch = kernel("causal_conv1d_forward.cu", "causal_conv1d_forward", x.device, **constants)
     launch(grid, 32 * WARPS, *inputs, y, state, *x.shape[1:], length)
     return y, state
 
@@ -81,24 +80,26 @@ def _run_backward(
         return dx, torch.zeros_like(weight), dbias, dinitial
     x, dy = readable(x), readable(dy)
     along = lanes(_most(x, weight), x.shape[2], x, dy)
-    launch, grid, inputs, length = _prepare(
-        "backward", along, x, weight, bias, initial_state, seq_idx, silu
-    )
+    constants, grid, inputs, length = _prepare(along, x, weight, bias, initial_state, seq_idx, silu)
     _, columns, groups = _cut(x, along, length)
     parts = grid // columns
     assert parts == x.shape[0] * groups
-    dweight = torch.empty(parts, *weight.shape, device=x.device)
-    dbias = torch.empty(parts, x.shape[2], device=x.device)
+    dweights = torch.empty(parts, *weight.shape, device=x.device)
+    dbiases = torch.empty(parts, x.shape[2], device=x.device)
+    launch = kernel("causal_conv1d_backward.cu", "causal_conv1d_backward", x.device, **constants)
     launch(
-        grid, 32 * WARPS, *inputs, dy, *dy.stride()[:2], dstate, *_strides(dstate), dx, dinitial, dweight, dbias,
+        grid, 32 * WARPS, *inputs, dy, *dy.stride()[:2], dstate, *_strides(dstate), dx, dinitial, dweights, dbiases,
         *x.shape[1:], length,
     )  # fmt: skip
-    return (
-        dx,
-        dweight.sum(0).to(weight.dtype),
-        x.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype),
-        dinitial,
-    )
+    filters = inputs[3]
+    dweight = torch.empty(filters.shape, dtype=filters.dtype, device=x.device)
+    dbias = x.new_empty(0) if bias is None else dweight.new_empty(bias.shape)
+    add = kernel("causal_conv1d_backward.cu", "causal_conv1d_add_parts", x.device, **constants)
+    add(
+        -(-(dweight.numel() + dbias.numel()) // 256), 256,
+        dweights, dbiases, dweight, None if bias is None else dbias, parts, x.shape[2],
+    )  # fmt: skip
+    return dx, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype), dinitial
 
 
 def _fake_backward(dy, dstate, x, weight, bias, initial_state, seq_idx, silu):
@@ -156,7 +157,6 @@ def _cut(x: Tensor, along: int, length: int) -> tuple[int, int, int]:
 
 
 def _prepare(
-    name: str,
     along: int,
     x: Tensor,
     weight: Tensor,
@@ -164,23 +164,21 @@ def _prepare(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     silu: bool,
-) -> tuple[Any, int, tuple[Any, ...], int]:
-    """The kernel, its grid, the arguments that both kernels begin with, and the length of a run."""
+) -> tuple[dict[str, int | str], int, tuple[Any, ...], int]:
+    """Constants and grid of a kernel, the arguments that both passes begin with, and the length of a run."""
     if bias is not None and bias.dtype != weight.dtype:
         weight, bias = weight.float(), bias.float()
     filters, bias = parameter(weight), parameter(bias)
     assert filters is not None
-    launch = kernel(
-        f"causal_conv1d_{name}.cu", f"causal_conv1d_{name}", x.device,
-        **_constants(x.dtype, filters.dtype, weight.shape[1], along, silu, None if seq_idx is None else seq_idx.dtype),
-    )  # fmt: skip
+    index = None if seq_idx is None else seq_idx.dtype
+    constants = _constants(x.dtype, filters.dtype, weight.shape[1], along, silu, index)
     enough = 4 * multiprocessors(x.device)
     length = next((run for run in RUNS if _cut(x, along, run)[0] >= enough), 8)
     inputs = (
         x, *x.stride()[:2], filters, bias, initial_state, *_strides(initial_state),
         None if seq_idx is None else seq_idx.contiguous(),
     )  # fmt: skip
-    return launch, _cut(x, along, length)[0], inputs, length
+    return constants, _cut(x, along, length)[0], inputs, length
 
 
 def _constants(
