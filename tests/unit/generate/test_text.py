@@ -6,6 +6,7 @@ import torch
 from mambakit.data.tokenizer import load_tokenizer
 from mambakit.errors import ArgumentError
 from mambakit.generate import SamplingOptions, generate, generate_text, stream_text
+from mambakit.generate.randomness import key_of
 from mambakit.models import MambaConfig, MambaLanguageModel
 
 BYTES = load_tokenizer("bytes")
@@ -23,12 +24,13 @@ def scripted(model, monkeypatch):
 
     def install(*texts: bytes) -> MambaLanguageModel:
         scripts = [[*text, 256, 256] for text in texts]
+        keys = [key_of(seed) for seed in range(len(texts))]
 
-        def sample(logits, options, generators, seen):
-            rows = [int(generator.initial_seed()) for generator in generators]
-            return torch.tensor([scripts[row].pop(0) for row in rows])
+        def sample(logits, rows, method, seen):
+            [(_, key, _)] = rows.integers.tolist()
+            return torch.tensor([scripts[keys.index(key)].pop(0)])
 
-        monkeypatch.setattr("mambakit.generate.generation.sample", sample)
+        monkeypatch.setattr("mambakit.generate.decoding.sample", sample)
         return model
 
     return install
