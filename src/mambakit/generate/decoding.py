@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,39 +45,28 @@ class Decoder:
 
     def first(self, row: int, logits: Tensor, method: Method) -> Chosen:
         """Choose the first token of a sequence from the logits after its prompt, (1, V padded)."""
-        return self._choose(row, row + 1, logits, [method])
+        return self._choose(row, row + 1, logits, method)
 
-    def step(self, methods: Sequence[Method]) -> Chosen:
-        """Continue all sequences, given the method of each in the order of their rows."""
-        count = len(methods)
-        assert count == self.slots.taken
+    def step(self, method: Method) -> Chosen:
+        """Continue all sequences; the method is the most that any of them needs."""
+        count = self.slots.taken
         if not self._graphs:
-            return self._step(count, methods)
+            return self._step(count, method)
         bucket = next(size for size in self._buckets if size >= count)
-        graph, chosen = self._graphs[bucket, max(methods)]
+        graph, chosen = self._graphs[bucket, method]
         graph.replay()
         return Chosen(chosen.tokens[:count], chosen.logits[:count])
 
     @torch.no_grad()
-    def _step(self, count: int, methods: Sequence[Method]) -> Chosen:
+    def _step(self, count: int, method: Method) -> Chosen:
         logits = self._model.step(self.slots.tokens[:count], self.slots.state(count))
-        return self._choose(0, count, logits, methods)
+        return self._choose(0, count, logits, method)
 
     @torch.no_grad()
-    def _choose(self, first: int, last: int, logits: Tensor, methods: Sequence[Method]) -> Chosen:
+    def _choose(self, first: int, last: int, logits: Tensor, method: Method) -> Chosen:
         logits = logits[:, : self._vocab_size]
         rows, seen = self.slots.sampling.slice(first, last), self.slots.seen[first:last]
-        method = max(methods)
-        if logits.device.type == "cpu":
-            # Row by row, since the rounding of a function may depend on a number's place in memory.
-            tokens = torch.cat(
-                [
-                    sample(logits[i : i + 1], rows.slice(i, i + 1), own, seen[i : i + 1])
-                    for i, own in enumerate(methods)
-                ]
-            )
-        else:
-            tokens = sample(logits, rows, method, seen)
+        tokens = sample(logits, rows, method, seen)
         following = tokens.clamp(min=0)
         self.slots.tokens[first:last] = following
         rows.integers[:, 2] += 1
@@ -94,13 +82,12 @@ class Decoder:
         with torch.cuda.stream(side):
             for bucket in reversed(self._buckets):
                 for method in reversed(Method):
-                    methods = [method] * bucket
-                    self._step(bucket, methods)  # What is made at first use must not be recorded.
+                    self._step(bucket, method)  # What is made at first use must not be recorded.
                     graph = torch.cuda.CUDAGraph()
                     # Not `torch.cuda.graph`, which collects garbage each time.
                     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                     try:
-                        chosen = self._step(bucket, methods)
+                        chosen = self._step(bucket, method)
                     finally:
                         graph.capture_end()
                     self._graphs[bucket, method] = graph, chosen

@@ -232,7 +232,7 @@ class Engine:
     def _write(self) -> None:
         """Launch a token for every request whose prompt is read."""
         if self._writing:
-            chosen = self._decoder.step([task.method for task in self._writing])
+            chosen = self._decoder.step(max(task.method for task in self._writing))
             self._launched(self._writing, chosen)
 
     def _read(self) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mambakit.generate.options import SamplingOptions
 from mambakit.generate.randomness import key_of, uniform
@@ -75,7 +76,8 @@ def sample(
 
     Returns:
         Token ids, (B,), int64; `NOT_FINITE` where the logits are not. A token is a function of its
-        logits, options, seed and position.
+        logits, options, seed and position, on the CPU bit for bit: besides operations on single
+        numbers that IEEE 754 rounds exactly there are only softmax and cumsum, which go row by row.
     """
     logits = logits.float()
     penalty, temperature = rows.reals[:, :1], rows.reals[:, 1]
@@ -95,7 +97,7 @@ def sample(
 def probabilities(logits: Tensor, rows: SamplingRows, method: Method = Method.CUT) -> Tensor:
     """What the next token is drawn from, (B, V) float32: after temperature, top-k, top-p and min-p.
 
-    Numbers in proportion to probabilities, since min-p takes some away.
+    Numbers in proportion to probabilities: what is taken away is not made up for.
 
     Args:
         logits: (B, V), float32, with the repetition penalty already applied.
@@ -105,31 +107,31 @@ def probabilities(logits: Tensor, rows: SamplingRows, method: Method = Method.CU
     temperature, top_p, min_p = (rows.reals[:, i : i + 1] for i in (1, 2, 3))
     # From the peak down, no temperature is small enough to overflow.
     logits = logits - logits.amax(dim=-1, keepdim=True)
-    logits = logits / torch.where(temperature > 0, temperature, 1)
+    probs = (logits / torch.where(temperature > 0, temperature, 1)).softmax(dim=-1)
     if method is Method.CUT:
-        logits = _cut(logits, rows.integers[:, :1], top_p)
-    probs = logits.softmax(dim=-1)
+        probs = _cut(probs, rows.integers[:, :1], top_p)
     return probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0)
 
 
-def _cut(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Logits, (B, V), with those out of the top k, and then out of the nucleus, at -inf."""
-    vocab_size = count = logits.shape[-1]
-    if logits.device.type == "cpu":  # Elsewhere to look at numbers would be to wait for them.
-        enough = int(torch.where(top_k < vocab_size, top_k, FIRST_TRY).max())
-        count = min(max(FIRST_TRY, enough), vocab_size)
+def _cut(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Probabilities, (B, V), without those out of the top k, and then out of the nucleus."""
+    vocab_size = count = probs.shape[-1]
+    has_k, has_p = top_k < vocab_size, top_p <= 1
+    if probs.device.type == "cpu":  # Elsewhere to look at numbers would be to wait for them.
+        count = min(max(FIRST_TRY, int(torch.where(has_k, top_k, 1).max())), vocab_size)
     while True:
-        largest = logits.topk(count).values
-        kth = largest.gather(1, top_k.clamp(max=count) - 1)
-        logits = torch.where((top_k < vocab_size) & (logits < kth), -torch.inf, logits)
-        within = (largest - logits.logsumexp(dim=-1, keepdim=True)).exp()
-        total = within.cumsum(dim=-1)
-        if count == vocab_size or bool(((total[:, -1:] >= top_p) | (top_p > 1)).all()):
+        largest = probs.topk(count).values
+        last = top_k.clamp(max=count) - 1
+        kth = torch.where(has_k, largest.gather(1, last), 0)
+        total = torch.where(largest < kth, 0, largest).cumsum(dim=-1)
+        wanted = top_p * torch.where(has_k, total.gather(1, last), 1)
+        if count == vocab_size or bool(((total[:, -1:] >= wanted) | ~has_p).all()):
             break
         count = min(8 * count, vocab_size)
-    # The nucleus are the smallest largest probabilities that together reach top_p.
-    smallest = torch.where(total - within < top_p, largest, torch.inf).amin(dim=-1, keepdim=True)
-    return torch.where((top_p <= 1) & (logits < smallest), -torch.inf, logits)
+    # The nucleus are the largest until they reach what is wanted, together with ties of the last.
+    is_within = pad(total[:, :-1], (1, 0)) < wanted
+    smallest = torch.where(is_within, largest, torch.inf).amin(dim=-1, keepdim=True)
+    return torch.where(probs < torch.maximum(kth, torch.where(has_p, smallest, 0)), 0, probs)
 
 
 def penalise(logits: Tensor, penalty: Tensor, seen: Tensor) -> Tensor:

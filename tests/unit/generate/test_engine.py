@@ -72,7 +72,7 @@ REQUESTS = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_a_request_does_not_depend_on_the_others_bit_for_bit(small, data):
     """Requests arrive and are cancelled at random steps; the others get what they get alone."""

@@ -41,9 +41,18 @@ def test_a_prefix_continues_like_the_whole_prompt(small):
         assert branched[0].outputs == branched[1].outputs == whole.outputs
 
 
-def test_a_prefix_of_any_length(small):
+def test_a_prefix_of_any_length(small, monkeypatch):
     tokens = torch.randint(50, (23,)).tolist()
     prefix = Prefix.read(small, tokens[:10])
+    sizes, prefill = [], small.prefill
+    monkeypatch.setattr(
+        small,
+        "prefill",
+        lambda tokens, *rest, **options: (
+            sizes.append(tokens.shape[1]),
+            prefill(tokens, *rest, **options),
+        )[1],
+    )
     engine = Engine(small, chunk=4)
     [one, whole] = engine.generate(
         [
@@ -52,6 +61,8 @@ def test_a_prefix_of_any_length(small):
         ]
     )
     assert one.tokens == whole.tokens
+    # Both are cut at multiples of 4 tokens from the beginning of the whole, and take turns.
+    assert sizes == [2, 4, 4, 4, 4, 4, 3, 4, 4, 3]
 
 
 def test_its_size_does_not_depend_on_its_length(small):

@@ -22,7 +22,7 @@ def requests(*prompts: list[int]) -> list[Request]:
     return [Request(prompt=prompt, max_tokens=4, seed=0, logprobs=1) for prompt in prompts]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_reuse_changes_nothing_bit_for_bit(small, size, data):
     stem = data.draw(st.lists(st.integers(0, 49), min_size=1, max_size=30))

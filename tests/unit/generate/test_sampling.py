@@ -89,6 +89,27 @@ def test_options_of_several_rows_at_once():
         )
 
 
+@pytest.mark.parametrize("vocab_size", [50, 257, 1000, 20_001])
+def test_rows_are_independent_bit_for_bit(vocab_size):
+    options = [
+        SamplingOptions(temperature=0.7),
+        SamplingOptions(temperature=1.3, top_p=0.9),
+        SamplingOptions(top_k=40, top_p=0.9),
+        SamplingOptions(top_k=5000, min_p=0.01),
+        SamplingOptions(top_p=0.999, temperature=3),
+        SamplingOptions(repetition_penalty=1.7),
+        SamplingOptions(temperature=0),
+    ]
+    padded = torch.randn(len(options), vocab_size + 13) * 3
+    logits, seen = padded[:, :vocab_size], torch.rand(len(options), vocab_size) < 0.3
+    rows = rows_of(*options, vocab_size=vocab_size, seeds=(*range(len(options)),))
+    probs, tokens = probabilities(logits, rows), sample(logits, rows, Method.CUT, seen)
+    for i, own in enumerate(options):
+        one, alone = slice(i, i + 1), rows.slice(i, i + 1)
+        assert torch.equal(probabilities(logits[one].clone(), alone), probs[one])
+        assert torch.equal(sample(logits[one], alone, Method.of(own), seen[one]), tokens[one])
+
+
 def test_the_order_of_the_ids_does_not_matter():
     options = SamplingOptions(top_k=3, top_p=0.8, min_p=0.3)
     probs = distribution(logits_of(0.1, 0.25, 0.5, 0.15), options)

@@ -27,8 +27,8 @@ def scripted(model, monkeypatch):
         keys = [key_of(seed) for seed in range(len(texts))]
 
         def sample(logits, rows, method, seen):
-            [(_, key, _)] = rows.integers.tolist()
-            return torch.tensor([scripts[keys.index(key)].pop(0)])
+            written = rows.integers[:, 1].tolist()
+            return torch.tensor([scripts[keys.index(key)].pop(0) for key in written])
 
         monkeypatch.setattr("mambakit.generate.decoding.sample", sample)
         return model
