@@ -145,7 +145,7 @@ class Engine:
             Whether there is more to do.
 
         Raises:
-            What goes wrong in a step ends all requests under way, whose handles raise it as well.
+            Exception: Whatever goes wrong; it ends all requests under way, whose handles raise it too.
         """
         with self._lock, self._on_device():
             try:

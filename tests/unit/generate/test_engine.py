@@ -111,6 +111,36 @@ def test_a_request_does_not_depend_on_the_others_bit_for_bit(small, data):
         assert found == logprobs
 
 
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        ({"bias": True}, torch.float32),  # No compiled step of the whole model: module by module.
+        ({"A_init": "s4d-lin"}, torch.float32),
+        ({"selective": ("dt",)}, torch.float32),
+        ({}, torch.bfloat16),
+    ],
+    ids=["modules", "complex", "constant B and C", "bfloat16"],
+)
+def test_other_models_bit_for_bit(fields, dtype):
+    torch.manual_seed(0)
+    config = MambaConfig(d_model=24, n_layer=2, vocab_size=50, tie_embeddings=False, **fields)
+    model = MambaLanguageModel(config).to(dtype)
+    requests = [
+        Request(
+            prompt=torch.randint(50, (3 * n + 1,)),
+            options=(GREEDY, ALL_ON, SamplingOptions())[n % 3],
+            max_tokens=3 + n % 4,
+            seed=n,
+            logprobs=1,
+        )
+        for n in range(7)
+    ]
+    together = Engine(model, slots=5, chunk=4).generate(requests)
+    for request, done in zip(requests, together, strict=True):
+        [expected] = Engine(model, slots=1, chunk=4).generate([request])
+        assert done == expected
+
+
 def test_prompts_in_chunks_give_what_they_give_at_once(small):
     prompt = torch.randint(50, (41,)).tolist()
     expected, _ = alone(small, Request(prompt=prompt, options=GREEDY, max_tokens=10), chunk=512)
