@@ -92,7 +92,6 @@ class Decoder:
                         graph.capture_end()
                     self._graphs[bucket, method] = graph, chosen
         torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.empty_cache()
 
 
 def buckets(size: int) -> list[int]:

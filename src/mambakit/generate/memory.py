@@ -30,6 +30,7 @@ def make_decoder(
         try:
             decoder = _tried(model, fits, chunk, cuda_graphs, device)
         except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
             fits //= 2
             continue
         if fits == slots:
@@ -57,7 +58,6 @@ def free_memory(device: torch.device) -> int | None:
 def _tried(
     model: MambaLanguageModel, slots: int, chunk: int, cuda_graphs: bool, device: torch.device
 ) -> Decoder:
-    torch.cuda.empty_cache()
     model.prefill(torch.zeros(1, chunk, dtype=torch.int64, device=device), chunk=chunk)
     return Decoder(model, slots, cuda_graphs)
 
