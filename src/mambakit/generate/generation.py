@@ -134,6 +134,8 @@ def outputs_of(engine: Engine, handles: Sequence[Handle]) -> Iterator[tuple[int,
         for row, handle in enumerate(handles):
             for output in handle.poll():
                 yield row, output
+    for handle in handles:
+        handle.result()  # Raises what went wrong, if it came together with an output.
 
 
 def requests_of(
