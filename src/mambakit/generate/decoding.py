@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -88,8 +89,11 @@ class Decoder:
                     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                     try:
                         chosen = self._step(bucket, method)
-                    finally:
-                        graph.capture_end()
+                    except BaseException:
+                        with contextlib.suppress(RuntimeError):  # That the capture is broken.
+                            graph.capture_end()
+                        raise
+                    graph.capture_end()
                     self._graphs[bucket, method] = graph, chosen
         torch.cuda.current_stream().wait_stream(side)
 

@@ -24,6 +24,10 @@ from mambakit.generate.task import Task
 from mambakit.generate.tokenizer import Tokenizer, check_tokenizer
 from mambakit.models.language_model import MambaLanguageModel
 
+CHUNK, CPU_CHUNK = 512, 128
+"""Tokens read at once by default, while the others wait. In pieces of 128 the 130M model reads a prompt on one
+core a tenth slower than in pieces of 256."""
+
 
 class Engine:
     """Continues many prompts together, each as it would be continued alone.
@@ -45,7 +49,8 @@ class Engine:
         model: The model, on any device.
         slots: Most requests that are continued at once; memory for their states is taken at once.
         tokenizer: For prompts of text, stop strings and pieces of text. Default: none.
-        chunk: Most tokens of prompts read in a step.
+        chunk: Most tokens of prompts read in a step. Default: 512; on the CPU 128, since the others
+            wait meanwhile.
         prefix_cache: Where states of beginnings of prompts are left and looked for. Default: none.
         cuda_graphs: On a GPU, whether a step is a CUDA graph, captured here; if not, it is launched
             operation by operation.
@@ -71,12 +76,12 @@ class Engine:
         *,
         slots: int = 8,
         tokenizer: Tokenizer | None = None,
-        chunk: int = 512,
+        chunk: int | None = None,
         prefix_cache: PrefixCache | None = None,
         cuda_graphs: bool = True,
     ) -> None:
         for name, value in (("slots", slots), ("chunk", chunk)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ArgumentError(f"{name}: got {value}, wanted at least 1")
         self._vocab_size = model.config.vocab_size
         if tokenizer is not None:
@@ -84,6 +89,7 @@ class Engine:
         self._model, self._tokenizer, self._size = model, tokenizer, slots
         self._mark = "" if prefix_cache is None else fingerprint(model)
         self._device = model.initial_state(1).layers[0].ssm_state.device
+        chunk = chunk or (CPU_CHUNK if self._device.type == "cpu" else CHUNK)
         with self._on_device():
             self._decoder = make_decoder(model, slots, chunk, cuda_graphs, self._device)
 
@@ -239,7 +245,8 @@ class Engine:
         """Read on in prompts; a request whose prompt is read takes a slot and its first token."""
         for task, logits in self._reader.read(self._size - len(self._writing)):
             assert task.state is not None
-            seen = None if task.seen is None else on_its_way(task.seen, self._device)
+            seen = task.seen
+            seen = None if seen is None else on_its_way(seen, self._device)
             task.row = self._decoder.slots.join(task.state, task.sampling, seen)
             task.state = None
             self._writing.append(task)

@@ -14,6 +14,7 @@ from mambakit.data.tokenizer import load_tokenizer
 from mambakit.errors import ArgumentError
 from mambakit.generate import Engine, PrefixCache, Request, SamplingOptions
 from mambakit.generate.handle import Handle
+from mambakit.generate.reading import MOST_READING
 from mambakit.models import MambaConfig, MambaLanguageModel
 
 GREEDY = SamplingOptions(temperature=0)
@@ -162,6 +163,20 @@ def test_a_long_prompt_stalls_nobody(small, steps, chunks):
     assert long.poll() == []
     assert chunks == [[1], [2] * 4, [3, 4], [2] * 4, [2] * 4]
     assert steps == [1, 1, 2, 2]
+
+
+def test_few_prompts_are_read_in_turns(small):
+    engine = Engine(small, slots=20, chunk=2)
+    handles = [engine.submit(Request(prompt=[n] * 5, max_tokens=1)) for n in range(12)]
+    for _ in range(20):
+        engine.step()
+        assert len(engine._reader.reading) <= MOST_READING == 8
+    assert all(len(handle.result().tokens) == 1 for handle in handles)
+
+
+def test_the_default_chunk_of_a_cpu(small, chunks):
+    Engine(small).generate([Request(prompt=[1] * 300, max_tokens=1)])
+    assert [len(chunk) for chunk in chunks] == [128, 128, 44]
 
 
 def test_several_short_prompts_are_read_in_one_step(small, chunks):
