@@ -1,4 +1,4 @@
-"""The causal depthwise convolution on a GPU: PyTorch custom ops around `kernels/causal_conv1d_*.cu`."""
+"""The causal depthwise convolution on a GPU: PyTorch operators around `kernels/causal_conv1d_*.cu`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from mambakit.ops.cuda.arrays import TYPES, Variants, lanes, multiprocessors, parameter, readable
 from mambakit.ops.cuda.compiler import kernel
+from mambakit.ops.operators import Operator
 
 WARPS = 8
 """Of a block; see kernels/causal_conv1d.cuh."""
@@ -32,13 +32,11 @@ def causal_conv1d(
     """Arguments as in `mambakit.ops.causal_conv1d`."""
     if initial_state is not None:
         initial_state = initial_state.to(x.dtype)
-    observed = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    run = _forward if observed else _run
-    y, state = run(x, weight, bias, initial_state, seq_idx, activation == "silu")
+    y, state = _forward(x, weight, bias, initial_state, seq_idx, activation == "silu")
     return y, state
 
 
-def _run(
+def _run_forward(
     x: Tensor,
     weight: Tensor,
     bias: Optional[Tensor],
@@ -60,20 +58,11 @@ def _run(
     return y, state
 
 
-_forward = torch.library.custom_op(
-    "mambakit::cuda_causal_conv1d", mutates_args=(), device_types="cuda"
-)(_run)
-
-
-@_forward.register_fake
-def _(x, weight, bias, initial_state, seq_idx, silu):
+def _fake_forward(x, weight, bias, initial_state, seq_idx, silu):
     return x.new_empty(x.shape), x.new_empty(_state_shape(x, weight))
 
 
-@torch.library.custom_op(
-    "mambakit::cuda_causal_conv1d_backward", mutates_args=(), device_types="cuda"
-)
-def _backward(
+def _run_backward(
     dy: Tensor,
     dstate: Optional[Tensor],
     x: Tensor,
@@ -112,8 +101,7 @@ def _backward(
     )
 
 
-@_backward.register_fake
-def _(dy, dstate, x, weight, bias, initial_state, seq_idx, silu):
+def _fake_backward(dy, dstate, x, weight, bias, initial_state, seq_idx, silu):
     dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     dinitial = x.new_empty(_state_shape(x, weight), dtype=torch.float32)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial
@@ -140,7 +128,11 @@ def _gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Any,
     )
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+_forward = Operator(
+    "cuda_causal_conv1d", "cuda", _run_forward,
+    fake=_fake_forward, setup=_setup, gradients=_gradients,
+)  # fmt: skip
+_backward = Operator("cuda_causal_conv1d_backward", "cuda", _run_backward, fake=_fake_backward)
 
 
 def _state_shape(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
@@ -230,26 +222,21 @@ def _run_step(
     return y
 
 
-_step = torch.library.custom_op(
-    "mambakit::cuda_causal_conv1d_step", mutates_args=("conv_state",), device_types="cuda"
-)(_run_step)
-
-
-@_step.register_fake
-def _(conv_state, x, weight, bias, silu):
+def _fake_step(conv_state, x, weight, bias, silu):
     return x.new_empty(x.shape)
+
+
+_step = Operator(
+    "cuda_causal_conv1d_step", "cuda", _run_step, fake=_fake_step, mutates=["conv_state"]
+)
 
 
 def causal_conv1d_step(
     conv_state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
     """Arguments as in `mambakit.ops.causal_conv1d_step`."""
-    if torch.compiler.is_compiling():
-        y: Tensor = _step(conv_state, x, weight, bias, activation == "silu")
-        return y
-    # A step has no gradient, so it needs no operator, whose call takes longer than the kernel.
-    increment_version(conv_state)
-    return _run_step(conv_state, x, weight, bias, activation == "silu")
+    y: Tensor = _step(conv_state, x, weight, bias, activation == "silu")
+    return y
 
 
 def variants() -> Variants:
