@@ -90,6 +90,7 @@ def test_streaming_cancelling_and_prefixes(model):
         assert endless.result().finish_reason == "cancelled"
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_waits_for_the_gpu_in_a_step(model):
     """No operation of a step synchronises; only reading the tokens does, one step late."""
     engine = Engine(model, slots=4, cuda_graphs=False)

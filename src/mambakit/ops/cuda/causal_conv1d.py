@@ -14,11 +14,11 @@ from mambakit.ops.operators import Operator
 WARPS = 8
 """Of a block; see kernels/causal_conv1d.cuh."""
 
-NUMBERS = 16
-"""Taps of all channels that a thread has. Twice as many make accesses of 16 bytes, and were slower: fewer warps."""
+NUMBERS, BACKWARD_NUMBERS = 16, 8
+"""Taps of all channels that a thread has. Twice as many make wider accesses, and were slower: fewer warps."""
 
-RUNS = (128, 64, 32, 16)
-"""Time steps that a thread walks: the fewer, the more of them it reads twice."""
+RUNS = (256, 128, 64, 32, 16)
+"""Time steps that a thread walks: the fewer, the more of them it reads twice. The forward takes at most 128."""
 
 
 def causal_conv1d(
@@ -50,8 +50,10 @@ def _run_forward(
     if y.numel() == 0:
         return y, state.zero_() if initial_state is None else state.copy_(initial_state)
     x = readable(x)
-    along = lanes(_most(x, weight), x.shape[2], x)
-    constants, grid, inputs, length = _prepare(along, x, weight, bias, initial_state, seq_idx, silu)
+    along = lanes(_most(NUMBERS, x, weight), x.shape[2], x)
+    constants, grid, inputs, length = _prepare(
+        RUNS[1:], along, x, weight, bias, initial_state, seq_idx, silu
+    )
     launch = kernel("causal_conv1d_forward.cu", "causal_conv1d_forward", x.device, **constants)
     launch(grid, 32 * WARPS, *inputs, y, state, *x.shape[1:], length)
     return y, state
@@ -79,8 +81,10 @@ def _run_backward(
         dinitial = dinitial.zero_() if dstate is None else dinitial.copy_(dstate)
         return dx, torch.zeros_like(weight), dbias, dinitial
     x, dy = readable(x), readable(dy)
-    along = lanes(_most(x, weight), x.shape[2], x, dy)
-    constants, grid, inputs, length = _prepare(along, x, weight, bias, initial_state, seq_idx, silu)
+    along = lanes(_most(BACKWARD_NUMBERS, x, weight), x.shape[2], x, dy)
+    constants, grid, inputs, length = _prepare(
+        RUNS, along, x, weight, bias, initial_state, seq_idx, silu
+    )
     _, columns, groups = _cut(x, along, length)
     parts = grid // columns
     assert parts == x.shape[0] * groups
@@ -144,9 +148,9 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if tensor is None else tensor.stride()
 
 
-def _most(x: Tensor, weight: Tensor) -> int:
+def _most(numbers: int, x: Tensor, weight: Tensor) -> int:
     """Channels of a thread: a power of two, so that their taps fit and an access has at most 16 bytes."""
-    fitting = max(1, NUMBERS // weight.shape[1])
+    fitting = max(1, numbers // weight.shape[1])
     return min(16 // x.element_size(), 1 << (fitting.bit_length() - 1))
 
 
@@ -157,6 +161,7 @@ def _cut(x: Tensor, along: int, length: int) -> tuple[int, int, int]:
 
 
 def _prepare(
+    runs: tuple[int, ...],
     along: int,
     x: Tensor,
     weight: Tensor,
@@ -173,7 +178,7 @@ def _prepare(
     index = None if seq_idx is None else seq_idx.dtype
     constants = _constants(x.dtype, filters.dtype, weight.shape[1], along, silu, index)
     enough = 4 * multiprocessors(x.device)
-    length = next((run for run in RUNS if _cut(x, along, run)[0] >= enough), 8)
+    length = next((run for run in runs if _cut(x, along, run)[0] >= enough), 8)
     inputs = (
         x, *x.stride()[:2], filters, bias, initial_state, *_strides(initial_state),
         None if seq_idx is None else seq_idx.contiguous(),
@@ -247,7 +252,8 @@ def variants() -> Variants:
             (torch.float32, 4, None),
             (torch.bfloat16, 7, None),
         ):
-            most = _most(torch.empty(0, dtype=dtype), torch.empty(0, width))
+            numbers = NUMBERS if name == "forward" else BACKWARD_NUMBERS
+            most = _most(numbers, torch.empty(0, dtype=dtype), torch.empty(0, width))
             constants = _constants(dtype, torch.float32, width, most, True, index)
             found.append((f"causal_conv1d_{name}.cu", f"causal_conv1d_{name}", constants))
     step: dict[str, int | str] = {"IO": "bfloat16", "PARAMETER": "float", "WIDTH": 4, "SILU": 1}

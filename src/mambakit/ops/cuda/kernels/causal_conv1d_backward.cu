@@ -50,7 +50,7 @@ struct Gradients {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) causal_conv1d_backward(
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) causal_conv1d_backward(
     const IO* __restrict__ x, int64 x_batch, int64 x_time, const PARAMETER* __restrict__ weight,
     const PARAMETER* __restrict__ bias, const IO* __restrict__ initial, int64 initial_batch, int64 initial_channel,
     int64 initial_tap, const INDEX* __restrict__ seq_idx, const IO* __restrict__ dy, int64 dy_batch, int64 dy_time,
