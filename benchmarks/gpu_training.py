@@ -7,9 +7,10 @@
     python benchmarks/gpu_training.py --draw results.json --plot picture.png      # no GPU needed
 
 A step is forward, backward and fused AdamW, in bfloat16 autocast with float32 weights and a vocabulary of 50,280, on
-one batch again and again: that the loss falls is checked, since a speed counts only if the model learns. Medians of
-steps, timed by events. Memory is the most that tensors took. MFU counts forward and backward once, as
-`flops_per_token` does, against the GPU's rated speed in bfloat16. A case that does not fit is reported as such.
+one batch again and again: that the loss falls is checked, since a speed counts only if the model learns. A step is one
+CUDA graph, as in `mambakit train` (--no-graph: eager code). Medians of steps, timed by events. Memory is the most that
+tensors took. MFU counts forward and backward once, as `flops_per_token` does, against the GPU's rated speed in
+bfloat16. A case that does not fit is reported as such.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from mambakit.models import (
     MambaLanguageModel,
     TransformerLanguageModel,
 )
+from mambakit.train.step_graph import EAGER_STEPS, StepGraph
 from report import Measurement, print_table
 
 Model = MambaLanguageModel | TransformerLanguageModel
@@ -77,7 +79,7 @@ SWEEPS = {
 """Over the batch at length 2,048; over the length at 65,536 tokens a step."""
 
 
-def train(case: Case, repeats: int, is_compiled: bool) -> dict[str, Any]:
+def train(case: Case, repeats: int, is_compiled: bool, graph: bool) -> dict[str, Any]:
     """Measure whole steps; raises `torch.cuda.OutOfMemoryError`."""
     torch.manual_seed(0)
     torch.cuda.reset_peak_memory_stats()
@@ -85,14 +87,14 @@ def train(case: Case, repeats: int, is_compiled: bool) -> dict[str, Any]:
         model = MODELS[case.model]()
         data = torch.randint(model.config.vocab_size, (case.batch, case.seqlen + 1))
     tokens, targets = data[:, :-1].contiguous(), data[:, 1:].contiguous()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=graph)
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         return model.loss(tokens, targets)[0]
 
     loss_of = torch.compile(loss_of) if is_compiled else loss_of
 
-    def step() -> Tensor:
+    def update() -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
             loss = loss_of(tokens, targets)
         loss.backward()
@@ -100,8 +102,9 @@ def train(case: Case, repeats: int, is_compiled: bool) -> dict[str, Any]:
         optimizer.zero_grad()
         return loss.detach()
 
+    step = StepGraph(update) if graph else update
     first = step().item()  # Compiles.
-    for _ in range(3):
+    for _ in range(EAGER_STEPS + 1):
         step()
     # All steps are queued before the first is over, as in training, where nothing waits for a step.
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
@@ -129,12 +132,12 @@ def train(case: Case, repeats: int, is_compiled: bool) -> dict[str, Any]:
     }
 
 
-def measure(case: Case, repeats: int, compiled: list[str]) -> dict[str, Any]:
+def measure(case: Case, repeats: int, compiled: list[str], graph: bool) -> dict[str, Any]:
     """One row: the numbers of `train`, or that it does not fit."""
     is_compiled = any(case.model.startswith(name) for name in compiled)
-    row = {"case": case.name, **vars(case), "compiled": is_compiled}
+    row = {"case": case.name, **vars(case), "compiled": is_compiled, "cuda_graph": graph}
     try:
-        row |= train(case, repeats, is_compiled)
+        row |= train(case, repeats, is_compiled, graph)
     except torch.cuda.OutOfMemoryError:
         row["failed"] = "out of memory"
     gc.collect()
@@ -194,6 +197,12 @@ def main() -> None:
     parser.add_argument(
         "--compile", nargs="*", default=["transformer"], help="starts of names of models to compile"
     )
+    parser.add_argument(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a step as one CUDA graph",
+    )
     parser.add_argument("--json", type=Path, help="add the results to this file")
     parser.add_argument("--plot", type=Path, help="draw the sweeps, with those of the file")
     parser.add_argument(
@@ -212,7 +221,7 @@ def main() -> None:
     rows = []
     for case in candidates:
         if any(case.name.startswith(start) for start in arguments.cases):
-            rows.append(measure(case, arguments.repeats, arguments.compile))
+            rows.append(measure(case, arguments.repeats, arguments.compile, arguments.graph))
             print("  ".join(cells(rows[-1])), flush=True)
             if arguments.json:  # After each, so that what was measured stays if time runs out.
                 merge(arguments.json, known, rows, "case")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from mambakit.nn import MambaMixer
 from mambakit.nn import mixer as mixer_module
 from mambakit.ops import linear_cross_entropy
 from mambakit.train import TrainConfig, Trainer
+from mambakit.train.step_graph import EAGER_STEPS
 
 pytestmark = pytest.mark.gpu
 
@@ -141,8 +144,9 @@ def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
     model = MambaConfig(d_model=64, n_layer=2, vocab_size=257)
 
     def make(**changes: object) -> Trainer:
-        config = partial(TrainConfig, data=tmp_path / "tokens", out=tmp_path / "run", model=model)
-        return Trainer(config(steps=4, batch_size=2, seqlen=32, device="cuda", **changes))
+        options = {"steps": 10, "batch_size": 2, "seqlen": 32, "device": "cuda", **changes}
+        paths = {"data": tmp_path / "tokens", "out": tmp_path / "run"}
+        return Trainer(TrainConfig(**paths, model=model, **options))  # type: ignore[arg-type]
 
     return make
 
@@ -154,25 +158,51 @@ def test_the_trainer_waits_once_a_step(
 ) -> None:
     trainer = make_trainer(precision=precision, accumulation=accumulation)
     trainer._train_step()
-    with waits() as found:
+    with waits() as eager:
         trainer._train_step()
-    assert len(found) == 1
+    for _ in range(EAGER_STEPS):
+        trainer._train_step()
+    with waits() as replayed:
+        trainer._train_step()
+    assert (len(eager), len(replayed)) == (1, 1)
 
 
-def test_a_step_that_is_not_finite_changes_nothing(
-    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("options", [{}, {"documents": True, "accumulation": 3}], ids=str)
+def test_a_graph_trains_as_eager_code_does(
+    make_trainer: Callable[..., Trainer], options: dict[str, object]
 ) -> None:
-    trainer = make_trainer(non_finite="skip")
+    """Bit for bit, with a learning rate and data that change every step, and through a checkpoint."""
+    losses, weights = [], []
+    for cuda_graph in (False, True):
+        for steps in (6, 12):  # the second goes on from the first
+            trainer = make_trainer(cuda_graph=cuda_graph, steps=steps, log_every=1, **options)
+            trainer.fit()
+        lines = (trainer.config.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        found = [json.loads(line) for line in lines]
+        losses.append([line["train_loss_nats"] for line in found if "train_loss_nats" in line])
+        weights.append([p.detach().clone() for p in trainer.model.parameters()])
+        shutil.rmtree(trainer.config.out)
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 12
+    assert all(map(torch.equal, *weights))
+
+
+@pytest.mark.parametrize("steps_before", [1, EAGER_STEPS + 1])
+def test_a_step_that_is_not_finite_changes_nothing(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, steps_before: int
+) -> None:
+    trainer = make_trainer(non_finite="skip", steps=10)
     monkeypatch.setattr(trainer, "_record", lambda values: None)
-    trainer._train_step()
-    before = [p.clone() for p in trainer.model.parameters()]
-    loss = trainer.model.loss
-
-    def poisoned(*args: object, **options: object) -> tuple[Tensor, object]:
-        value, state = loss(*args, **options)  # type: ignore[arg-type]
-        return value * float("nan"), state
-
-    monkeypatch.setattr(trainer.model, "loss", poisoned)
+    for _ in range(steps_before):
+        trainer._train_step()
+    first = next(trainer.model.parameters())
+    with torch.no_grad():
+        kept = first[:, 0].clone()
+        first[:, 0] = torch.nan
+    before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer._train_step()
     for parameter, old in zip(trainer.model.parameters(), before, strict=True):
-        assert torch.equal(parameter, old)
+        assert torch.equal(parameter.nan_to_num(), old.nan_to_num())
+    with torch.no_grad():
+        first[:, 0] = kept
+    assert math.isfinite(trainer._train_step())

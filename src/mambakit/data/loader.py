@@ -35,6 +35,11 @@ class Batch:
     targets: torch.Tensor
     seq_idx: torch.Tensor | None
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """tokens, targets and seq_idx."""
+        return self.tokens, self.targets, self.seq_idx
+
     def to(self, device: torch.device | str) -> Batch:
         """Copy to a device, without waiting for it."""
 

@@ -8,13 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.ops.operators import Operator
 
-def register(
-    forward: Any, backward: Any, saved_like: Callable[[Tensor, Tensor, bool], Tensor]
-) -> None:
-    """Give two custom ops of a backend their fakes, and the first the second as its gradient.
+
+def operators(
+    device: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    saved_like: Callable[[Tensor, Tensor, bool], Tensor],
+) -> tuple[Operator, Operator]:
+    """Make operators of the two functions of a backend, the second the gradient of the first.
 
     Args:
+        device: "cpu" or "cuda".
         forward: Takes x, dt, A, B, C, D, z, dt_bias, initial_state, restart, dt_softplus and save; returns y, the
             final state and what the backward needs (of no steps unless `save`).
         backward: Takes the gradients of y and of the final state, x to dt_bias, restart, what was saved, and
@@ -36,7 +42,7 @@ def register(
         dstate = (
             x.new_zeros(x.shape[0], *A.shape, dtype=_state_dtype(A)) if dstate is None else dstate
         )
-        *found, dinitial = backward(dy, dstate, *saved, ctx.dt_softplus)
+        *found, dinitial = run_backward(dy, dstate, *saved, ctx.dt_softplus)
         present = [None if t is None else g for t, g in zip(saved[:8], found, strict=True)]
         return (*present, dinitial if ctx.has_initial_state else None, None, None, None)
 
@@ -51,9 +57,12 @@ def register(
             torch.empty_like(nothing) if t is None else t.new_empty(t.shape) for t in tensors
         )
 
-    forward.register_fake(fake_forward)
-    backward.register_fake(fake_backward)
-    forward.register_autograd(gradients, setup_context=setup)
+    name = f"{device}_selective_scan"
+    run_backward = Operator(f"{name}_backward", device, backward, fake=fake_backward)
+    run_forward = Operator(
+        name, device, forward, fake=fake_forward, setup=setup, gradients=gradients
+    )
+    return run_forward, run_backward
 
 
 def _state_dtype(A: Tensor) -> torch.dtype:

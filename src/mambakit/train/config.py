@@ -45,7 +45,7 @@ _NUMBER_RANGES = {
     "weight_decay": (0.0, 10.0),
     "grad_clip": (1e-12, math.inf),
 }
-_SWITCHES = ("documents", "activation_checkpointing")
+_SWITCHES = ("documents", "activation_checkpointing", "cuda_graph")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +93,8 @@ class TrainConfig:
     """bfloat16 runs the matmuls in bfloat16 (autocast); weights and optimizer stay float32."""
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest backward: less memory, more time."""
+    cuda_graph: bool = True
+    """On one GPU, run each step as one CUDA graph, so that the GPU does not wait for Python."""
 
     log_every: int = 10
     """Steps between two lines of the log."""

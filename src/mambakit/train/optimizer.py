@@ -13,10 +13,16 @@ from mambakit.train.config import TrainConfig
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Make AdamW with the paper's groups; the learning rate is set anew before every step.
 
+    On a GPU its state and the learning rate are tensors there, as a CUDA graph needs them.
+
     Source: Gu & Dao 2023 (arXiv 2312.00752) appendix E.2.1: betas (0.9, 0.95), weight decay 0.1.
     """
     groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    device = groups[0]["params"][0].device
+    on_gpu = device.type == "cuda"
+    for group in groups:
+        group["lr"] = torch.tensor(config.lr, device=device) if on_gpu else config.lr
+    return torch.optim.AdamW(groups, betas=config.betas, fused=True, capturable=on_gpu)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mambakit.data.dataset import TokenDataset
-from mambakit.data.loader import Batch, Loader, windows
+from mambakit.data.loader import Loader, windows
 from mambakit.errors import ConfigError, TrainingError
 from mambakit.evaluate.perplexity import count_bytes, score
 from mambakit.models.checkpoint import load_model
@@ -32,6 +32,7 @@ from mambakit.train.memory import check_fits
 from mambakit.train.metrics import RunLog, Throughput
 from mambakit.train.optimizer import make_optimizer
 from mambakit.train.schedule import learning_rate
+from mambakit.train.step_graph import StepGraph
 
 MAX_SKIPPED = 50
 """Steps that `non_finite="skip"` may leave out in a row; then the run stops all the same."""
@@ -129,8 +130,11 @@ class Trainer:
         self._recent: list[tuple[float, float]] = []
         self._open_run(overwrite)
         self._loss: nn.Module = _Loss(self.model)
+        self._update: Callable[..., Tensor] = self._run_update
         if self.world.size > 1:
             self._loss = DistributedDataParallel(self._loss)
+        elif config.cuda_graph and self.world.device.type == "cuda":
+            self._update = StepGraph(self._run_update)
 
     def _open_run(self, overwrite: bool) -> None:
         """Go on with the run in the run folder, if any, and show that the folder can be written."""
@@ -188,18 +192,16 @@ class Trainer:
 
     def _train_step(self) -> float:
         """One optimizer step; gives its loss in nats per token."""
+        rate = self._learning_rate(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(self.step)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         self.step += 1
-        total = self._accumulate_gradients()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        total_norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip).to(total.device)
-        # The optimizer itself leaves out what is not finite (the protocol of gradient scalers), so that all work of a
-        # step is queued on a GPU before the one wait for it, for these two numbers.
-        self.optimizer.found_inf = (~torch.isfinite(total + total_norm)).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        sum_of_losses, norm = map(float, torch.stack([total, total_norm]).tolist())
+        batches = islice(self.loader, self.config.accumulation)
+        found = self._update(*(t for b in batches for t in b.to(self.world.device).tensors))
+        sum_of_losses, norm = map(float, found.tolist())  # The one wait for the GPU.
         loss = sum_of_losses / self.world.size
         if math.isfinite(loss) and math.isfinite(norm):
             self._recent.append((loss, norm))
@@ -208,14 +210,31 @@ class Trainer:
             self._refuse(loss, norm)
         return loss
 
-    def _accumulate_gradients(self) -> Tensor:
+    def _run_update(self, *tensors: Tensor | None) -> Tensor:
+        """Forward, backward and optimizer step; gives the sum of the processes' losses, and the norm of the gradient.
+
+        Args:
+            tensors: `Batch.tensors` of each batch of the step, one after another.
+        """
+        total = self._accumulate_gradients(tensors)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        total_norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip).to(total.device)
+        # The optimizer itself leaves out what is not finite (the protocol of gradient scalers), so that all work of a
+        # step is queued on a GPU before the one wait for it, for these two numbers.
+        self.optimizer.found_inf = (~torch.isfinite(total + total_norm)).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return torch.stack([total, total_norm])
+
+    def _accumulate_gradients(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Forward and backward over the batches of one step; gives the sum of their mean loss over the processes."""
         count = self.config.accumulation
         total = torch.zeros((), device=self.world.device)
-        for index, batch in enumerate(islice(self.loader, count)):
+        for index in range(count):
+            tokens, targets, seq_idx = tensors[3 * index : 3 * index + 3]
             with self._keep_gradients_here(index < count - 1):
                 with self._autocast():
-                    loss = self._loss(batch.to(self.world.device)) / count
+                    loss = self._loss(tokens, targets, seq_idx) / count
                 loss.backward()
             total += loss.detach()
         return self.world.sum(total)
@@ -349,6 +368,6 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> Tensor:
-        loss, _ = self.model.loss(batch.tokens, batch.targets, seq_idx=batch.seq_idx)
+    def forward(self, tokens: Tensor, targets: Tensor, seq_idx: Tensor | None) -> Tensor:
+        loss, _ = self.model.loss(tokens, targets, seq_idx=seq_idx)
         return loss

@@ -29,38 +29,43 @@ def scan_inputs(grad: bool = True) -> dict[str, Tensor]:
 def test_selective_scan() -> None:
     tensors = list(scan_inputs().values())
     restart = torch.tensor([[False, False, True, False, False]] * 2)
-    opcheck(scan._forward, (*tensors, restart, True, True))
+    opcheck(scan._forward.overload, (*tensors, restart, True, True))
     absent = [None if i in (5, 6, 7, 8) else t for i, t in enumerate(tensors)]
-    opcheck(scan._forward, (*absent, None, False, True))
+    opcheck(scan._forward.overload, (*absent, None, False, True))
 
 
 def test_selective_scan_step() -> None:
     plain = {k: v for k, v in scan_inputs(grad=False).items() if k != "initial_state"}
     now = {k: v[:, 0] if v.ndim == 3 else v for k, v in plain.items()}
     now["C"] = now["C"][None]
-    opcheck(scan._step, (normal(2, 3, 2, grad=False), *now.values(), True))
+    opcheck(scan._step.overload, (normal(2, 3, 2, grad=False), *now.values(), True))
 
 
 def test_causal_conv1d() -> None:
     age = torch.tensor([[9, 9, 0, 1, 2]] * 2)
-    opcheck(conv._forward, (normal(2, 5, 3), normal(3, 4), normal(3), normal(2, 3, 3), age, True))
-    opcheck(conv._forward, (normal(2, 5, 3), normal(3, 1), None, normal(2, 0, 3), None, False))
+    opcheck(
+        conv._forward.overload,
+        (normal(2, 5, 3), normal(3, 4), normal(3), normal(2, 3, 3), age, True),
+    )
+    opcheck(
+        conv._forward.overload, (normal(2, 5, 3), normal(3, 1), None, normal(2, 0, 3), None, False)
+    )
     state, x, weight = (
         normal(2, 3, 3, grad=False),
         normal(2, 3, grad=False),
         normal(3, 4, grad=False),
     )
-    opcheck(conv._step, (state, x, weight, None, True))
+    opcheck(conv._step.overload, (state, x, weight, None, True))
 
 
 def test_rms_norm() -> None:
-    opcheck(rms_norm._forward, (normal(2, 5, 3), normal(2, 5, 3), normal(3), 1e-5))
-    opcheck(rms_norm._forward, (normal(2, 5, 3), None, normal(3), 1e-5))
+    opcheck(rms_norm._forward.overload, (normal(2, 5, 3), normal(2, 5, 3), normal(3), 1e-5))
+    opcheck(rms_norm._forward.overload, (normal(2, 5, 3), None, normal(3), 1e-5))
 
 
 def test_linear_cross_entropy() -> None:
     targets = torch.tensor([0, -100, 3])
-    opcheck(cross_entropy._forward, (normal(3, 4), normal(6, 4), targets, -100, True))
+    opcheck(cross_entropy._forward.overload, (normal(3, 4), normal(6, 4), targets, -100, True))
 
 
 def test_compiles_whole() -> None:

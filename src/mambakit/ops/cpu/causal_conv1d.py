@@ -1,4 +1,4 @@
-"""The causal depthwise convolution on the CPU: PyTorch custom ops around `kernels.causal_conv1d`."""
+"""The causal depthwise convolution on the CPU: PyTorch operators around `kernels.causal_conv1d`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from mambakit.ops import conv_state
 from mambakit.ops.cpu.arrays import array, readable, rows, vector
 from mambakit.ops.cpu.threads import run
+from mambakit.ops.operators import Operator
 
 
 def causal_conv1d(
@@ -28,8 +28,7 @@ def causal_conv1d(
     return y, conv_state.final(x, past, seq_idx)
 
 
-@torch.library.custom_op("mambakit::cpu_causal_conv1d", mutates_args=(), device_types="cpu")
-def _forward(
+def _run_forward(
     x: Tensor,
     weight: Tensor,
     bias: Optional[Tensor],
@@ -45,15 +44,11 @@ def _forward(
     return y.to(x.dtype)
 
 
-@_forward.register_fake
-def _(x, weight, bias, past, age, silu):
+def _fake_forward(x, weight, bias, past, age, silu):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(
-    "mambakit::cpu_causal_conv1d_backward", mutates_args=(), device_types="cpu"
-)
-def _backward(
+def _run_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -78,8 +73,7 @@ def _backward(
     return dx.to(x.dtype), dweight, dbias.sum(0).float(), dpast.to(past.dtype)
 
 
-@_backward.register_fake
-def _(dy, x, weight, bias, past, age, silu):
+def _fake_backward(dy, x, weight, bias, past, age, silu):
     dbias = x.new_empty(x.shape[2], dtype=torch.float32)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, past.new_empty(past.shape)
 
@@ -96,7 +90,11 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dx, dweight, None if bias is None else dbias.to(bias.dtype), dpast, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+_forward = Operator(
+    "cpu_causal_conv1d", "cpu", _run_forward,
+    fake=_fake_forward, setup=_setup, gradients=_gradients,
+)  # fmt: skip
+_backward = Operator("cpu_causal_conv1d_backward", "cpu", _run_backward, fake=_fake_backward)
 
 
 def _tasks(x: Tensor) -> int:
@@ -128,23 +126,18 @@ def _run_step(
     return y.to(x.dtype)
 
 
-_step = torch.library.custom_op(
-    "mambakit::cpu_causal_conv1d_step", mutates_args=("conv_state",), device_types="cpu"
-)(_run_step)
-
-
-@_step.register_fake
-def _(conv_state, x, weight, bias, silu):
+def _fake_step(conv_state, x, weight, bias, silu):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_step = Operator(
+    "cpu_causal_conv1d_step", "cpu", _run_step, fake=_fake_step, mutates=["conv_state"]
+)
 
 
 def causal_conv1d_step(
     conv_state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
     """Arguments as in `mambakit.ops.causal_conv1d_step`."""
-    if torch.compiler.is_compiling():
-        y: Tensor = _step(conv_state, x, weight, bias, activation == "silu")
-        return y
-    # A step has no gradient, so it needs no operator, whose call takes longer than the kernel.
-    increment_version(conv_state)
-    return _run_step(conv_state, x, weight, bias, activation == "silu")
+    y: Tensor = _step(conv_state, x, weight, bias, activation == "silu")
+    return y

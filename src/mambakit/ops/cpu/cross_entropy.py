@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mambakit.ops.cpu.arrays import array
 from mambakit.ops.cpu.threads import run
+from mambakit.ops.operators import Operator
 
 LOGITS_BYTES = 128 * 2**20
 """Memory of the logits of one block, in float32."""
@@ -27,8 +28,7 @@ def linear_cross_entropy(
     return loss
 
 
-@torch.library.custom_op("mambakit::cpu_linear_cross_entropy", mutates_args=(), device_types="cpu")
-def _forward(
+def _run_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss and, if `gradients`, those of hidden and (in float32) of weight; else of no elements."""
@@ -60,8 +60,7 @@ def _forward(
     return losses.sum() / counted.sum(), dhidden, dweight
 
 
-@_forward.register_fake
-def _(hidden, weight, targets, ignore_index, gradients):
+def _fake_forward(hidden, weight, targets, ignore_index, gradients):
     dhidden = hidden.new_empty(hidden.shape if gradients else 0)
     dweight = weight.new_empty(weight.shape if gradients else 0, dtype=torch.float32)
     return hidden.new_empty((), dtype=torch.float32), dhidden, dweight
@@ -82,4 +81,7 @@ def _gradients(ctx: Any, dloss: Tensor, _dhidden: None, _dweight: None) -> tuple
     return dhidden, dweight.to(ctx.weight_dtype), None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+_forward = Operator(
+    "cpu_linear_cross_entropy", "cpu", _run_forward,
+    fake=_fake_forward, setup=_setup, gradients=_gradients,
+)  # fmt: skip

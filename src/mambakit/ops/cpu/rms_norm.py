@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation on the CPU: PyTorch custom ops around `kernels.rms_norm`."""
+"""Root-mean-square normalisation on the CPU: PyTorch operators around `kernels.rms_norm`."""
 
 from __future__ import annotations
 
@@ -10,26 +10,22 @@ from torch import Tensor
 
 from mambakit.ops.cpu.arrays import array, vector
 from mambakit.ops.cpu.threads import run
+from mambakit.ops.operators import Operator
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Arguments as in `mambakit.ops.rms_norm`."""
-    y: Tensor = (_forward if _needs_operator() else _run)(x, None, weight, eps)[0]
+    y: Tensor = _forward(x, None, weight, eps)[0]
     return y
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Arguments as in `mambakit.ops.add_rms_norm`."""
-    y, total = (_forward if _needs_operator() else _run)(x, residual, weight, eps)
+    y, total = _forward(x, residual, weight, eps)
     return y, total
 
 
-def _needs_operator() -> bool:
-    """Whether someone looks at the call: without, its kernel is reached in a third of the time."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
-
-
-def _run(
+def _run_forward(
     x: Tensor, residual: Optional[Tensor], weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """y, and x + residual (of no elements without a residual)."""
@@ -49,19 +45,12 @@ def _run(
     return y, total.to(residual.dtype).view(x.shape)
 
 
-_forward = torch.library.custom_op("mambakit::cpu_rms_norm", mutates_args=(), device_types="cpu")(
-    _run
-)
-
-
-@_forward.register_fake
-def _(x, residual, weight, eps):
+def _fake_forward(x, residual, weight, eps):
     y = x.new_empty(x.shape)
     return y, x.new_empty(0) if residual is None else residual.new_empty(x.shape)
 
 
-@torch.library.custom_op("mambakit::cpu_rms_norm_backward", mutates_args=(), device_types="cpu")
-def _backward(
+def _run_backward(
     x: Tensor,
     residual: Optional[Tensor],
     weight: Tensor,
@@ -82,8 +71,7 @@ def _backward(
     return dx.view(x.shape), dweight.sum(0).to(weight.dtype)
 
 
-@_backward.register_fake
-def _(x, residual, weight, eps, dy, dtotal):
+def _fake_backward(x, residual, weight, eps, dy, dtotal):
     return x.new_empty(x.shape, dtype=torch.float32), weight.new_empty(weight.shape)
 
 
@@ -102,7 +90,10 @@ def _gradients(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Any, ...]:
     return dx.to(x_dtype), dx.to(residual_dtype) if added else None, dweight, None
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+_forward = Operator(
+    "cpu_rms_norm", "cpu", _run_forward, fake=_fake_forward, setup=_setup, gradients=_gradients
+)
+_backward = Operator("cpu_rms_norm_backward", "cpu", _run_backward, fake=_fake_backward)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The selective scan on the CPU: PyTorch custom ops around the kernels of `kernels.selective_scan`."""
+"""The selective scan on the CPU: PyTorch operators around the kernels of `kernels.selective_scan`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from mambakit.ops.cpu.arrays import array, readable, rows, vector
 from mambakit.ops.cpu.blocks import LANES, cut_channels, from_blocks, to_blocks
 from mambakit.ops.cpu.threads import run
-from mambakit.ops.scan_gradients import register
+from mambakit.ops.operators import Operator
+from mambakit.ops.scan_gradients import operators
 from mambakit.ops.scan_inputs import of_one_kind, restarts
 
 TILE = 16
@@ -67,8 +67,7 @@ def selective_scan(
     return torch.cat(ys, dim=2), torch.cat(states, dim=1)
 
 
-@torch.library.custom_op("mambakit::cpu_selective_scan", mutates_args=(), device_types="cpu")
-def _forward(
+def _run_forward(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -98,10 +97,7 @@ def _forward(
     return y.to(x.dtype), from_blocks(state, A), saved
 
 
-@torch.library.custom_op(
-    "mambakit::cpu_selective_scan_backward", mutates_args=(), device_types="cpu"
-)
-def _backward(
+def _run_backward(
     dy: Tensor,
     dstate: Tensor,
     x: Tensor,
@@ -165,7 +161,7 @@ def _saved_like(x: Tensor, A: Tensor, save: bool) -> Tensor:
     return x.new_empty(shape, dtype=torch.float32)
 
 
-register(_forward, _backward, _saved_like)
+_forward, _backward = operators("cpu", _run_forward, _run_backward, _saved_like)
 
 
 def _inputs(
@@ -203,12 +199,8 @@ def selective_scan_step(
 ) -> Tensor:
     """Arguments as in `mambakit.ops.selective_scan_step`."""
     A, B, C, _ = of_one_kind(A, B, C, None)
-    if torch.compiler.is_compiling():
-        y: Tensor = _step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
-        return y
-    # A step has no gradient, so it needs no operator, whose call takes longer than the kernel.
-    increment_version(ssm_state)
-    return _run_step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    y: Tensor = _step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    return y
 
 
 def _run_step(
@@ -235,11 +227,10 @@ def _run_step(
     return y.to(x.dtype)
 
 
-_step = torch.library.custom_op(
-    "mambakit::cpu_selective_scan_step", mutates_args=("ssm_state",), device_types="cpu"
-)(_run_step)
-
-
-@_step.register_fake
-def _(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+def _fake_step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_step = Operator(
+    "cpu_selective_scan_step", "cpu", _run_step, fake=_fake_step, mutates=["ssm_state"]
+)

@@ -1,4 +1,4 @@
-"""The causal depthwise convolution on a GPU: PyTorch custom ops around `kernels/causal_conv1d_*.cu`."""
+"""The causal depthwise convolution on a GPU: PyTorch operators around `kernels/causal_conv1d_*.cu`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from mambakit.ops.cuda.arrays import TYPES, Variants, lanes, multiprocessors, parameter, readable
 from mambakit.ops.cuda.compiler import kernel
+from mambakit.ops.operators import Operator
 
 WARPS = 8
 """Of a block; see kernels/causal_conv1d.cuh."""
 
-NUMBERS = 16
-"""Taps of all channels that a thread has. Twice as many make accesses of 16 bytes, and were slower: fewer warps."""
+NUMBERS, BACKWARD_NUMBERS = 16, 8
+"""Taps of all channels that a thread has. Twice as many make wider accesses, and were slower: fewer warps."""
 
-RUNS = (128, 64, 32, 16)
-"""Time steps that a thread walks: the fewer, the more of them it reads twice."""
+RUNS = (256, 128, 64, 32, 16)
+"""Time steps that a thread walks: the fewer, the more of them it reads twice. The forward takes at most 128."""
 
 
 def causal_conv1d(
@@ -32,13 +32,11 @@ def causal_conv1d(
     """Arguments as in `mambakit.ops.causal_conv1d`."""
     if initial_state is not None:
         initial_state = initial_state.to(x.dtype)
-    observed = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    run = _forward if observed else _run
-    y, state = run(x, weight, bias, initial_state, seq_idx, activation == "silu")
+    y, state = _forward(x, weight, bias, initial_state, seq_idx, activation == "silu")
     return y, state
 
 
-def _run(
+def _run_forward(
     x: Tensor,
     weight: Tensor,
     bias: Optional[Tensor],
@@ -52,28 +50,20 @@ def _run(
     if y.numel() == 0:
         return y, state.zero_() if initial_state is None else state.copy_(initial_state)
     x = readable(x)
-    along = lanes(_most(x, weight), x.shape[2], x)
-    launch, grid, inputs, length = _prepare(
-        "forward", along, x, weight, bias, initial_state, seq_idx, silu
+    along = lanes(_most(NUMBERS, x, weight), x.shape[2], x)
+    constants, grid, inputs, length = _prepare(
+        RUNS[1:], along, x, weight, bias, initial_state, seq_idx, silu
     )
+    launch = kernel("causal_conv1d_forward.cu", "causal_conv1d_forward", x.device, **constants)
     launch(grid, 32 * WARPS, *inputs, y, state, *x.shape[1:], length)
     return y, state
 
 
-_forward = torch.library.custom_op(
-    "mambakit::cuda_causal_conv1d", mutates_args=(), device_types="cuda"
-)(_run)
-
-
-@_forward.register_fake
-def _(x, weight, bias, initial_state, seq_idx, silu):
+def _fake_forward(x, weight, bias, initial_state, seq_idx, silu):
     return x.new_empty(x.shape), x.new_empty(_state_shape(x, weight))
 
 
-@torch.library.custom_op(
-    "mambakit::cuda_causal_conv1d_backward", mutates_args=(), device_types="cuda"
-)
-def _backward(
+def _run_backward(
     dy: Tensor,
     dstate: Optional[Tensor],
     x: Tensor,
@@ -91,29 +81,32 @@ def _backward(
         dinitial = dinitial.zero_() if dstate is None else dinitial.copy_(dstate)
         return dx, torch.zeros_like(weight), dbias, dinitial
     x, dy = readable(x), readable(dy)
-    along = lanes(_most(x, weight), x.shape[2], x, dy)
-    launch, grid, inputs, length = _prepare(
-        "backward", along, x, weight, bias, initial_state, seq_idx, silu
+    along = lanes(_most(BACKWARD_NUMBERS, x, weight), x.shape[2], x, dy)
+    constants, grid, inputs, length = _prepare(
+        RUNS, along, x, weight, bias, initial_state, seq_idx, silu
     )
     _, columns, groups = _cut(x, along, length)
     parts = grid // columns
     assert parts == x.shape[0] * groups
-    dweight = torch.empty(parts, *weight.shape, device=x.device)
-    dbias = torch.empty(parts, x.shape[2], device=x.device)
+    dweights = torch.empty(parts, *weight.shape, device=x.device)
+    dbiases = torch.empty(parts, x.shape[2], device=x.device)
+    launch = kernel("causal_conv1d_backward.cu", "causal_conv1d_backward", x.device, **constants)
     launch(
-        grid, 32 * WARPS, *inputs, dy, *dy.stride()[:2], dstate, *_strides(dstate), dx, dinitial, dweight, dbias,
+        grid, 32 * WARPS, *inputs, dy, *dy.stride()[:2], dstate, *_strides(dstate), dx, dinitial, dweights, dbiases,
         *x.shape[1:], length,
     )  # fmt: skip
-    return (
-        dx,
-        dweight.sum(0).to(weight.dtype),
-        x.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype),
-        dinitial,
-    )
+    filters = inputs[3]
+    dweight = torch.empty(filters.shape, dtype=filters.dtype, device=x.device)
+    dbias = x.new_empty(0) if bias is None else dweight.new_empty(bias.shape)
+    add = kernel("causal_conv1d_backward.cu", "causal_conv1d_add_parts", x.device, **constants)
+    add(
+        -(-(dweight.numel() + dbias.numel()) // 256), 256,
+        dweights, dbiases, dweight, None if bias is None else dbias, parts, x.shape[2],
+    )  # fmt: skip
+    return dx, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype), dinitial
 
 
-@_backward.register_fake
-def _(dy, dstate, x, weight, bias, initial_state, seq_idx, silu):
+def _fake_backward(dy, dstate, x, weight, bias, initial_state, seq_idx, silu):
     dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     dinitial = x.new_empty(_state_shape(x, weight), dtype=torch.float32)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial
@@ -140,7 +133,11 @@ def _gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Any,
     )
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+_forward = Operator(
+    "cuda_causal_conv1d", "cuda", _run_forward,
+    fake=_fake_forward, setup=_setup, gradients=_gradients,
+)  # fmt: skip
+_backward = Operator("cuda_causal_conv1d_backward", "cuda", _run_backward, fake=_fake_backward)
 
 
 def _state_shape(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
@@ -151,9 +148,9 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if tensor is None else tensor.stride()
 
 
-def _most(x: Tensor, weight: Tensor) -> int:
+def _most(numbers: int, x: Tensor, weight: Tensor) -> int:
     """Channels of a thread: a power of two, so that their taps fit and an access has at most 16 bytes."""
-    fitting = max(1, NUMBERS // weight.shape[1])
+    fitting = max(1, numbers // weight.shape[1])
     return min(16 // x.element_size(), 1 << (fitting.bit_length() - 1))
 
 
@@ -164,7 +161,7 @@ def _cut(x: Tensor, along: int, length: int) -> tuple[int, int, int]:
 
 
 def _prepare(
-    name: str,
+    runs: tuple[int, ...],
     along: int,
     x: Tensor,
     weight: Tensor,
@@ -172,23 +169,21 @@ def _prepare(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     silu: bool,
-) -> tuple[Any, int, tuple[Any, ...], int]:
-    """The kernel, its grid, the arguments that both kernels begin with, and the length of a run."""
+) -> tuple[dict[str, int | str], int, tuple[Any, ...], int]:
+    """Constants and grid of a kernel, the arguments that both passes begin with, and the length of a run."""
     if bias is not None and bias.dtype != weight.dtype:
         weight, bias = weight.float(), bias.float()
     filters, bias = parameter(weight), parameter(bias)
     assert filters is not None
-    launch = kernel(
-        f"causal_conv1d_{name}.cu", f"causal_conv1d_{name}", x.device,
-        **_constants(x.dtype, filters.dtype, weight.shape[1], along, silu, None if seq_idx is None else seq_idx.dtype),
-    )  # fmt: skip
+    index = None if seq_idx is None else seq_idx.dtype
+    constants = _constants(x.dtype, filters.dtype, weight.shape[1], along, silu, index)
     enough = 4 * multiprocessors(x.device)
-    length = next((run for run in RUNS if _cut(x, along, run)[0] >= enough), 8)
+    length = next((run for run in runs if _cut(x, along, run)[0] >= enough), 8)
     inputs = (
         x, *x.stride()[:2], filters, bias, initial_state, *_strides(initial_state),
         None if seq_idx is None else seq_idx.contiguous(),
     )  # fmt: skip
-    return launch, _cut(x, along, length)[0], inputs, length
+    return constants, _cut(x, along, length)[0], inputs, length
 
 
 def _constants(
@@ -230,26 +225,21 @@ def _run_step(
     return y
 
 
-_step = torch.library.custom_op(
-    "mambakit::cuda_causal_conv1d_step", mutates_args=("conv_state",), device_types="cuda"
-)(_run_step)
-
-
-@_step.register_fake
-def _(conv_state, x, weight, bias, silu):
+def _fake_step(conv_state, x, weight, bias, silu):
     return x.new_empty(x.shape)
+
+
+_step = Operator(
+    "cuda_causal_conv1d_step", "cuda", _run_step, fake=_fake_step, mutates=["conv_state"]
+)
 
 
 def causal_conv1d_step(
     conv_state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
     """Arguments as in `mambakit.ops.causal_conv1d_step`."""
-    if torch.compiler.is_compiling():
-        y: Tensor = _step(conv_state, x, weight, bias, activation == "silu")
-        return y
-    # A step has no gradient, so it needs no operator, whose call takes longer than the kernel.
-    increment_version(conv_state)
-    return _run_step(conv_state, x, weight, bias, activation == "silu")
+    y: Tensor = _step(conv_state, x, weight, bias, activation == "silu")
+    return y
 
 
 def variants() -> Variants:
@@ -262,7 +252,8 @@ def variants() -> Variants:
             (torch.float32, 4, None),
             (torch.bfloat16, 7, None),
         ):
-            most = _most(torch.empty(0, dtype=dtype), torch.empty(0, width))
+            numbers = NUMBERS if name == "forward" else BACKWARD_NUMBERS
+            most = _most(numbers, torch.empty(0, dtype=dtype), torch.empty(0, width))
             constants = _constants(dtype, torch.float32, width, most, True, index)
             found.append((f"causal_conv1d_{name}.cu", f"causal_conv1d_{name}", constants))
     step: dict[str, int | str] = {"IO": "bfloat16", "PARAMETER": "float", "WIDTH": 4, "SILU": 1}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mambakit.ops.cuda.arrays import TYPES, Variants
 from mambakit.ops.cuda.compiler import kernel
+from mambakit.ops.operators import Operator
 
 LOGITS_BYTES = 2**30
 """Most memory of the logits of one block. The larger, the less often the gradient of weight is read and written."""
@@ -36,10 +37,7 @@ def linear_cross_entropy(
     return loss
 
 
-@torch.library.custom_op(
-    "mambakit::cuda_linear_cross_entropy", mutates_args=(), device_types="cuda"
-)
-def _forward(
+def _run_forward(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -75,18 +73,14 @@ def _forward(
     return losses.sum() / counted, dhidden, dweight, counted
 
 
-@_forward.register_fake
-def _(hidden, weight, targets, ignore_index, of_hidden, of_weight):
+def _fake_forward(hidden, weight, targets, ignore_index, of_hidden, of_weight):
     loss = hidden.new_empty((), dtype=torch.float32)
     dhidden = hidden.new_empty(hidden.shape if of_hidden else 0)
     dweight = weight.new_empty(weight.shape if of_weight else 0, dtype=torch.float32)
     return loss, dhidden, dweight, targets.new_empty(())
 
 
-@torch.library.custom_op(
-    "mambakit::cuda_linear_cross_entropy_backward", mutates_args=(), device_types="cuda"
-)
-def _backward(
+def _run_backward(
     dloss: Tensor, dhidden: Tensor, dweight: Tensor, counted: Tensor, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The gradients of hidden and weight."""
@@ -99,8 +93,7 @@ def _backward(
     return scaled(dhidden, dhidden.dtype), scaled(dweight, weight_dtype)
 
 
-@_backward.register_fake
-def _(dloss, dhidden, dweight, counted, weight_dtype):
+def _fake_backward(dloss, dhidden, dweight, counted, weight_dtype):
     return torch.empty_like(dhidden), torch.empty_like(dweight, dtype=weight_dtype)
 
 
@@ -118,7 +111,13 @@ def _gradients(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
     return dhidden, dweight, None, None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+_forward = Operator(
+    "cuda_linear_cross_entropy", "cuda", _run_forward,
+    fake=_fake_forward, setup=_setup, gradients=_gradients,
+)  # fmt: skip
+_backward = Operator(
+    "cuda_linear_cross_entropy_backward", "cuda", _run_backward, fake=_fake_backward
+)
 
 
 def rows_of_block(rows: int, row_bytes: int) -> int:

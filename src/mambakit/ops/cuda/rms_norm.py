@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation on a GPU: PyTorch custom ops around `kernels/rms_norm_*.cu`."""
+"""Root-mean-square normalisation on a GPU: PyTorch operators around `kernels/rms_norm_*.cu`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mambakit.ops.cuda.arrays import TYPES, Variants, lanes, multiprocessors, parameter, readable
 from mambakit.ops.cuda.compiler import kernel
+from mambakit.ops.operators import Operator
 
 FORWARD_NUMBERS = 40
 """Of a row in the registers of one thread: as many as leave room for enough threads."""
@@ -22,22 +23,17 @@ BACKWARD_THREADS = 640
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Arguments as in `mambakit.ops.rms_norm`."""
-    y: Tensor = (_forward if _needs_operator() else _run)(x, None, weight, eps)[0]
+    y: Tensor = _forward(x, None, weight, eps)[0]
     return y
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Arguments as in `mambakit.ops.add_rms_norm`."""
-    y, total = (_forward if _needs_operator() else _run)(x, residual, weight, eps)
+    y, total = _forward(x, residual, weight, eps)
     return y, total
 
 
-def _needs_operator() -> bool:
-    """Whether someone looks at the call: without, its kernel is reached in a third of the time."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
-
-
-def _run(
+def _run_forward(
     x: Tensor, residual: Optional[Tensor], weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """y, and x + residual (of no elements without a residual)."""
@@ -58,18 +54,11 @@ def _run(
     return y, total
 
 
-_forward = torch.library.custom_op("mambakit::cuda_rms_norm", mutates_args=(), device_types="cuda")(
-    _run
-)
-
-
-@_forward.register_fake
-def _(x, residual, weight, eps):
+def _fake_forward(x, residual, weight, eps):
     return x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(x.shape)
 
 
-@torch.library.custom_op("mambakit::cuda_rms_norm_backward", mutates_args=(), device_types="cuda")
-def _backward(
+def _run_backward(
     x: Tensor,
     residual: Optional[Tensor],
     weight: Tensor,
@@ -108,8 +97,7 @@ def _backward(
     return dx, dresidual, dweight.sum(0).to(weight.dtype)
 
 
-@_backward.register_fake
-def _(x, residual, weight, eps, dy, dtotal):
+def _fake_backward(x, residual, weight, eps, dy, dtotal):
     old = x if x.dtype != dy.dtype else residual
     same = old is None or old.dtype == dy.dtype
     dresidual = x.new_empty(0) if same else old.new_empty(x.shape)
@@ -135,7 +123,10 @@ def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Any,
     return dx, (dx if same else dresidual) if ctx.added else None, dweight, None
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+_forward = Operator(
+    "cuda_rms_norm", "cuda", _run_forward, fake=_fake_forward, setup=_setup, gradients=_gradients
+)
+_backward = Operator("cuda_rms_norm_backward", "cuda", _run_backward, fake=_fake_backward)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -177,6 +177,8 @@ def forward_kernel(
 ) -> tuple[str, str, dict[str, int | str]]:
     """File, name and constants of `scan_forward`; for `mode` see there."""
     resident = FORWARD[form.channels].resident if form.on_tensor_cores else 1
+    if resident > 4 and options["IO"] == "float":
+        resident = 4  # Its exact functions need the registers.
     constants: dict[str, int | str] = {"MODE": mode, "MIN_BLOCKS": resident}
     constants |= {"TILE": form.tile, "SEGMENT": form.segment}
     constants |= {**form.constants(), **options, "SHARED_BYTES": form.forward_bytes()}

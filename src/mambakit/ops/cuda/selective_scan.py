@@ -1,4 +1,4 @@
-"""The selective scan on an NVIDIA GPU: PyTorch custom ops around `kernels/selective_scan_*.cu`."""
+"""The selective scan on an NVIDIA GPU: PyTorch operators around `kernels/selective_scan_*.cu`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mambakit.ops.cuda.scan_layout import (
     plan,
     variants,
 )
-from mambakit.ops.scan_gradients import register
+from mambakit.ops.scan_gradients import operators
 from mambakit.ops.scan_inputs import of_one_kind, restarts
 
 __all__ = ["selective_scan", "variants"]
@@ -84,8 +84,7 @@ def _scan_in_slices(
     return y.to(x.dtype), torch.cat(states, dim=-1)
 
 
-@torch.library.custom_op("mambakit::cuda_selective_scan", mutates_args=(), device_types="cuda")
-def _forward(
+def _run_forward(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -121,10 +120,7 @@ def _forward(
     return y.to(x.dtype), final_state, saved
 
 
-@torch.library.custom_op(
-    "mambakit::cuda_selective_scan_backward", mutates_args=(), device_types="cuda"
-)
-def _backward(
+def _run_backward(
     dy: Tensor,
     dstate: Tensor,
     x: Tensor,
@@ -229,7 +225,7 @@ def _saved_like(x: Tensor, A: Tensor, save: bool) -> Tensor:
     return x.new_empty(batch, tiles, d_inner, form.padded, dtype=dtype)
 
 
-register(_forward, _backward, _saved_like)
+_forward, _backward = operators("cuda", _run_forward, _run_backward, _saved_like)
 
 
 class _Inputs:

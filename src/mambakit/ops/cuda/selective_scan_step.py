@@ -1,4 +1,4 @@
-"""One step of the selective scan on a GPU: a PyTorch custom op around `kernels/selective_scan_step.cu`."""
+"""One step of the selective scan on a GPU: a PyTorch operator around `kernels/selective_scan_step.cu`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from mambakit.ops.cuda.arrays import TYPES, Variants, lanes, parameter, readable
 from mambakit.ops.cuda.compiler import kernel
+from mambakit.ops.operators import Operator
 
 THREADS = 128
 """Of a block; see the kernel."""
@@ -28,12 +28,8 @@ def selective_scan_step(
     dt_softplus: bool,
 ) -> Tensor:
     """Arguments as in `mambakit.ops.selective_scan_step`."""
-    if torch.compiler.is_compiling():
-        y: Tensor = _step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
-        return y
-    # A step has no gradient, so it needs no operator, whose call takes longer than the kernel.
-    increment_version(ssm_state)
-    return _run_step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    y: Tensor = _step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    return y
 
 
 def _run_step(
@@ -85,14 +81,13 @@ def _run_step(
     return y
 
 
-_step = torch.library.custom_op(
-    "mambakit::cuda_selective_scan_step", mutates_args=("ssm_state",), device_types="cuda"
-)(_run_step)
-
-
-@_step.register_fake
-def _(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+def _fake_step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     return x.new_empty(x.shape)
+
+
+_step = Operator(
+    "cuda_selective_scan_step", "cuda", _run_step, fake=_fake_step, mutates=["ssm_state"]
+)
 
 
 def _known(tensor: Tensor) -> Tensor:

@@ -47,8 +47,8 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    loss, *saved = cuda._forward._init_fn(hidden, weight, targets, -100, True, True)
-    return loss, *cuda._backward._init_fn(torch.tensor(3.0), *saved, weight.dtype)
+    loss, *saved = cuda._run_forward(hidden, weight, targets, -100, True, True)
+    return loss, *cuda._run_backward(torch.tensor(3.0), *saved, weight.dtype)
 
 
 @pytest.mark.parametrize("block_bytes", [1, 10_000, 2**30])
@@ -93,7 +93,7 @@ def test_nothing_counts(rows: int) -> None:
 def test_gradients_that_nobody_asks_for_are_not_made(asked: tuple[bool, bool]) -> None:
     hidden, weight = torch.randn(5, 6), torch.randn(9, 6)
     arguments = (torch.arange(5), -100, *asked)
-    _, dhidden, dweight, counted = cuda._forward._init_fn(hidden, weight, *arguments)
+    _, dhidden, dweight, counted = cuda._run_forward(hidden, weight, *arguments)
     assert (dhidden.numel(), dweight.numel()) == (30 * asked[0], 54 * asked[1])
     assert counted == 5
 
@@ -101,11 +101,11 @@ def test_gradients_that_nobody_asks_for_are_not_made(asked: tuple[bool, bool]) -
 def test_fakes_have_the_shapes_of_the_real() -> None:
     hidden, weight, targets = torch.randn(5, 6).bfloat16(), torch.randn(9, 6), torch.arange(5)
     for asked in ((True, True), (False, False)):
-        real = cuda._forward._init_fn(hidden, weight, targets, -100, *asked)
+        real = cuda._run_forward(hidden, weight, targets, -100, *asked)
         fake = cuda._forward(hidden.to("meta"), weight.to("meta"), targets.to("meta"), -100, *asked)
         for a, b in zip(real, fake, strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
-    real = cuda._backward._init_fn(real[0], *real[1:], torch.float32)
+    real = cuda._run_backward(real[0], *real[1:], torch.float32)
     fake = cuda._backward(fake[0], *fake[1:], torch.float32)
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)

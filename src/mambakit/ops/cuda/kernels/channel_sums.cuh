@@ -29,14 +29,13 @@ struct ChannelSums {
       for (int i = 0; i < 4; i++) sums[k][i] = 0.0f;
   }
   FORCE_INLINE void add(Scratch&, const Place&, int step, int which, const States& v) {
-    States high;
+    States high, rest;
 #pragma unroll
     for (int n = 0; n < STATES; n++) high.of[n] = rounded(v.of[n]);
     multiply(step, which, high);
     if (sizeof(IO) < 4) return;
-    States rest;
 #pragma unroll
-    for (int n = 0; n < STATES; n++) rest.of[n] = rounded(v.of[n] - high.of[n]);
+    for (int n = 0; n < STATES; n++) rest.of[n] = rounded(v.of[n] - truncated(high.of[n]));
     multiply(step, which, rest);
   }
   FORCE_INLINE void finish(const Scratch&, const Place& at, Number (*totals)[2][PADDED]) {
@@ -51,7 +50,9 @@ struct ChannelSums {
   }
 
  private:
-  static FORCE_INLINE float rounded(float v) { return __uint_as_float((__float_as_uint(v) + 0x1000u) & 0xffffe000u); }
+  // To the nearest, but for the low 13 bits, at which tensor cores do not look; `truncated` is what they see.
+  static FORCE_INLINE float rounded(float v) { return __uint_as_float(__float_as_uint(v) + 0x1000u); }
+  static FORCE_INLINE float truncated(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
 
   FORCE_INLINE void multiply(int step, int which, const States& v) {
     const int p = step % 2 * 2 + which;

@@ -28,6 +28,14 @@ constexpr int BLOCK_CHANNELS = WARPS * WARP_CHANNELS;
 
 #define FORCE_INLINE __device__ __forceinline__
 
+// v, but unknown to the compiler: what is computed of it within a loop stays there. An address that is made again once a tile
+// costs less than registers for it, or a spill.
+template <class T> FORCE_INLINE T opaque(T v) {
+  if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(v));
+  else asm volatile("" : "+r"(v));
+  return v;
+}
+
 // The special function unit rounds 2^x down, by 2e-8 on average. Over the many steps that a slow state remembers this adds
 // up to more than all other errors; this much in x puts it right.
 constexpr float ROUNDING = 2.5e-8f;
@@ -195,8 +203,9 @@ FORCE_INLINE float softplus(float v) {
   return fmaf(2.0f * s, fmaf(p, square, 1.0f), fmaxf(v, 0.0f));
 }
 
-// The time step of a lane's channel from its raw value; steps past the end are identities: dt = 0.
-FORCE_INLINE float time_step(float raw) { return SOFTPLUS ? softplus(raw) : raw; }
+// The time step of a lane's channel from its raw value; steps past the end are identities: dt = 0. A product, since a choice
+// would be compiled to a branch, and one softplus would wait for the other.
+FORCE_INLINE float time_step(float raw, bool exists) { return (SOFTPLUS ? softplus(raw) : raw) * (exists ? 1.0f : 0.0f); }
 
 // B or C of a tile of steps, on the way from memory to shared memory: fetched by the whole block a tile ahead, since
 // memory is far, and put down as Numbers in rows of PADDED.

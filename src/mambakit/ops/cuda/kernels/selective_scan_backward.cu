@@ -103,12 +103,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     }
   }
 
-  dout += at.batch * dout_batch + at.channel;
-  x += at.batch * x_batch + at.channel;
-  dt += at.batch * dt_batch + at.channel;
-  if (HAS_Z) z += at.batch * z_batch + at.channel;
   if (HAS_RESTART) restart += at.batch * seqlen;
-  saved += (at.batch * tiles * d_inner + at.channel) * PADDED + first_state;
 
   const Weight* B_rows = (const Weight*)B + at.batch * B_batch + at.group * B_groups / groups * B_group;
   const Weight* C_rows = (const Weight*)C + at.batch * C_batch + at.group * C_groups / groups * C_group;
@@ -120,21 +115,27 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 
   // Copies of the lane's own steps of a tile, and of the state before it.
   auto copy_steps = [&](int from, int to) {
+    const int64 channel = opaque(at.channel), first = from + at.part;
+    const IO* dout_from = dout + at.batch * dout_batch + first * dout_time + channel;
+    const IO* x_from = x + at.batch * x_batch + first * x_time + channel;
+    const IO* dt_from = dt + at.batch * dt_batch + first * dt_time + channel;
+    const IO* z_from = z + at.batch * z_batch + first * z_time + channel;
 #pragma unroll
     for (int k = 0; k < (TILE + SPREAD - 1) / SPREAD; k++) {
       const int i = k * SPREAD + at.part;
       if (TILE % SPREAD != 0 && i >= TILE) continue;
       const int channels = from + i < stop ? at.count : 0;
-      copy(own.x[to][i][at.slot], x + (from + i) * x_time, channels);
-      copy(own.dt[to][i][at.slot], dt + (from + i) * dt_time, channels);
-      copy(own.dout[to][i][at.slot], dout + (from + i) * dout_time, channels);
-      if (HAS_Z) copy(own.z[to][i][at.slot], z + (from + i) * z_time, channels);
+      copy(own.x[to][i][at.slot], x_from + k * SPREAD * x_time, channels);
+      copy(own.dt[to][i][at.slot], dt_from + k * SPREAD * dt_time, channels);
+      copy(own.dout[to][i][at.slot], dout_from + k * SPREAD * dout_time, channels);
+      if (HAS_Z) copy(own.z[to][i][at.slot], z_from + k * SPREAD * z_time, channels);
     }
   };
   auto copy_start = [&](int from) {
+    const Number* rows = saved + ((at.batch * tiles + from / TILE) * d_inner + opaque(at.channel)) * PADDED + first_state;
 #pragma unroll
     for (int j = 0; j < CHANNELS; j++) {
-      const Number* row = saved + (from / TILE * d_inner + (j < at.count ? j : 0)) * PADDED;
+      const Number* row = rows + (j < at.count ? j : 0) * PADDED;
 #pragma unroll
       for (int i = 0; i < sizeof(States); i += 16)
         if (at.count) copy((char*)&own.start[j][lane] + i, (const char*)row + i);
@@ -164,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
       Step step;
 #pragma unroll
       for (int j = 0; j < CHANNELS; j++) {
-        step.dt[j] = i < count ? time_step(own.dt[buffer][i][at.slot].value(j) + own.bias[j][lane]) : 0.0f;
+        step.dt[j] = time_step(own.dt[buffer][i][at.slot].value(j) + own.bias[j][lane], i < count);
         step.dx[j] = step.dt[j] * own.x[buffer][i][at.slot].value(j);
       }
       own.steps[i][at.slot] = step;
@@ -228,13 +229,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #pragma unroll
       for (int j = 0; j < CHANNELS; j++) h[j] = s > 0 ? own.starts[s - 1][j][lane] : own.start[j][lane];
       if (s == 0 && t0 > start) copy_start(t0 - TILE);
+      // What a step needs is read a step ahead: the compiler does not move it across the writes of sums.
+      Step step_next = own.steps[s * SEGMENT][at.slot];
+      States B_ahead = *(const States*)&shared.B[buffer][s * SEGMENT][first_state];
 #pragma unroll
       for (int k = 0; k < SEGMENT; k++) {
         const int i = s * SEGMENT + k;
-        const Step step = own.steps[i][at.slot];
+        const Step step = step_next;
         const Floats dy = own.dy[k][at.slot];
-        const States B_now = *(const States*)&shared.B[buffer][i][first_state];
+        const States B_now = B_ahead;
         const States C_now = *(const States*)&shared.C[buffer][i][first_state];
+        if (k + 1 < SEGMENT) {
+          step_next = own.steps[i + 1][at.slot];
+          B_ahead = *(const States*)&shared.B[buffer][i + 1][first_state];
+        }
         Floats y;
         States dC;
 #pragma unroll
@@ -253,13 +261,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
       }
 
       // And back.
+      Floats dy_next = own.dy[SEGMENT - 1][at.slot];
+      States C_ahead = *(const States*)&shared.C[buffer][s * SEGMENT + SEGMENT - 1][first_state];
 #pragma unroll
       for (int k = SEGMENT - 1; k >= 0; k--) {
         const int i = s * SEGMENT + k;
         const Step step = own.steps[i][at.slot];
-        const Floats dy = own.dy[k][at.slot];
+        const Floats dy = dy_next;
         const States B_now = *(const States*)&shared.B[buffer][i][first_state];
-        const States C_now = *(const States*)&shared.C[buffer][i][first_state];
+        const States C_now = C_ahead;
+        if (k > 0) {
+          dy_next = own.dy[k - 1][at.slot];
+          C_ahead = *(const States*)&shared.C[buffer][i - 1][first_state];
+        }
         Sums sums;
         States dB;
 #pragma unroll

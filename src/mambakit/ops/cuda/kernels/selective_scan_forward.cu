@@ -26,6 +26,8 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "ops/cuda/selective_scan.py counts the same bytes");
 
+FORCE_INLINE float gate(float z) { return HAS_Z ? z * logistic(z) : 1.0f; }
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forward(
     const IO* x, const IO* dt, const Number* A, const void* B, const void* C, const float* D, const IO* z,
     const float* dt_bias, const Number* initial_state, const unsigned char* restart,
@@ -132,20 +134,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 
 #pragma unroll 1
     for (int from = 0; from < TILE && left > 0; from += SEGMENT, left -= SEGMENT) {
-      // The lane prepares its own steps and keeps what finishing them needs.
-      float skipped[ROUNDS][CHANNELS], gate[ROUNDS][CHANNELS];
+      // The lane prepares its own steps and keeps what finishing them needs, in few registers.
+      Channels x_now[ROUNDS], z_now[ROUNDS];
 #pragma unroll
       for (int r = 0; r < ROUNDS; r++) {
         const int i = r * SPREAD + at.part;
+        x_now[r] = x_next[r], z_now[r] = z_next[r];
         Step step;
 #pragma unroll
         for (int j = 0; j < CHANNELS; j++) {
-          const float input = x_next[r].value(j);
-          const float g = HAS_Z && MODE != CHUNK_STATES ? z_next[r].value(j) : 1.0f;
-          gate[r][j] = HAS_Z && MODE != CHUNK_STATES ? g * logistic(g) : 1.0f;
-          skipped[r][j] = skip[j] * input;
-          step.dt[j] = i < left ? time_step(dt_next[r].value(j) + bias[j]) : 0.0f;
-          step.dx[j] = input * (MODE == CHUNK_ADJOINTS ? gate[r][j] : step.dt[j]);
+          step.dt[j] = time_step(dt_next[r].value(j) + bias[j], i < left);
+          step.dx[j] = x_now[r].value(j) * (MODE == CHUNK_ADJOINTS ? gate(z_now[r].value(j)) : step.dt[j]);
         }
         if (is_own) shared.steps[at.warp][i][at.slot] = step;
       }
@@ -164,12 +163,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
         saved += d_inner * PADDED;
       }
 
+      // What a step needs is read a step ahead: the compiler does not move it across the writes of sums.
+      Step step_next = shared.steps[at.warp][0][at.slot];
+      States B_ahead = *(const States*)&shared.B[buffer][from][first_state];
 #pragma unroll
       for (int i = 0; i < SEGMENT; i++) {
-        const Step step = shared.steps[at.warp][i][at.slot];
-        const int row = from + i;
-        const States B_now = *(const States*)&shared.B[buffer][row][first_state];
-        const States C_now = *(const States*)&shared.C[buffer][row][first_state];
+        const Step step = step_next;
+        const States B_now = B_ahead, C_now = *(const States*)&shared.C[buffer][from + i][first_state];
+        if (i + 1 < SEGMENT) {
+          step_next = shared.steps[at.warp][i + 1][at.slot];
+          B_ahead = *(const States*)&shared.B[buffer][from + i + 1][first_state];
+        }
         const float kept = HAS_RESTART ? shared.restarts[at.warp][i] : 1.0f;
         Floats sum;
 #pragma unroll
@@ -201,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
           const int i = r * SPREAD + at.part;
           float out[CHANNELS];
 #pragma unroll
-          for (int j = 0; j < CHANNELS; j++) out[j] = skipped[r][j];
+          for (int j = 0; j < CHANNELS; j++) out[j] = skip[j] * x_now[r].value(j);
 #pragma unroll 8
           for (int part = 0; part < SPREAD; part++) {
             const Floats sum = shared.y[at.warp][i % SEGMENT][part * SLOTS + at.slot];
@@ -209,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
             for (int j = 0; j < CHANNELS; j++) out[j] += sum.of[j];
           }
 #pragma unroll
-          for (int j = 0; j < CHANNELS; j++) out[j] *= gate[r][j];
+          for (int j = 0; j < CHANNELS; j++) out[j] *= gate(z_now[r].value(j));
           write(y + r * SPREAD * d_inner, out, is_own && i < left ? at.count : 0);
         }
         y += SEGMENT * d_inner;
