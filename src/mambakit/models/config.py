@@ -71,6 +71,8 @@ class MambaConfig:
     """Bias of in_proj and out_proj."""
     norm_epsilon: float = 1e-5
     """Added to the mean square in every RMSNorm."""
+    mixer_norm_epsilon: float | None = None
+    """With it dt, B and C are each scaled to a mean square of one, as in FalconMamba; added to that."""
     tie_embeddings: bool = True
     """Whether the output head shares the weight of the embedding."""
     residual_in_fp32: bool = True
@@ -89,6 +91,8 @@ class MambaConfig:
             self._require(name, is_valid, f"an integer from {low} to {high}")
         for name in _POSITIVE_NUMBERS:
             self._require(name, _is_positive_number(getattr(self, name)), "a positive number")
+        is_valid = self.mixer_norm_epsilon is None or _is_positive_number(self.mixer_norm_epsilon)
+        self._require("mixer_norm_epsilon", is_valid, "a positive number or None")
         for name in _SWITCHES:
             self._require(name, isinstance(getattr(self, name), bool), "true or false")
         for name, choices in (("dt_init", get_args(DtInit)), ("A_init", get_args(AInit))):

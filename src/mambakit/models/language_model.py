@@ -290,5 +290,6 @@ def _make_block(config: MambaConfig) -> Block:
         bias=config.bias,
         selective=config.selective,
         A_init=config.A_init,
+        norm_epsilon=config.mixer_norm_epsilon,
     )
     return Block(RMSNorm(config.d_model, config.norm_epsilon), mixer, config.residual_in_fp32)

@@ -64,6 +64,7 @@ def test_dict_round_trip_through_json():
         ({"dt_min": 0.2}, r"dt_min is 0\.2, not at most dt_max = 0\.1"),
         ({"dt_max": float("nan")}, "dt_max is nan, not a positive number"),
         ({"norm_epsilon": 0}, "norm_epsilon is 0, not a positive number"),
+        ({"mixer_norm_epsilon": 0.0}, r"mixer_norm_epsilon is 0\.0, not a positive number or None"),
         ({"dt_rank": "big"}, "dt_rank is 'big', not \"auto\" or an integer from 1 to 1536"),
         ({"dt_rank": 1537}, "dt_rank is 1537"),
         ({"bias": 1}, "bias is 1, not true or false"),
