@@ -172,7 +172,7 @@ class MambaMixer(nn.Module):
             projected: x_proj(x), if that is there already.
             again: Learns how to make dt again.
         """
-        parts = (x, x, x)  # What is not selective is not looked at.
+        parts: tuple[Tensor, ...] = (x, x, x)  # What is not selective is not looked at.
         if self.x_proj is not None:
             projected = self.x_proj(x) if projected is None else projected
             parts = self._normalised(projected.split(self._sizes, dim=-1))

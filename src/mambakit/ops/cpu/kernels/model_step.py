@@ -172,7 +172,8 @@ def walk(phase, sizes, layers, eps, mixer_eps, norm_f, head, rows, claimed, done
     """Take part in the phases from `phase` on; the phase in which waiting took too long, or their number at the end.
 
     layers: for each a record of addresses, of what `mambakit.ops.cpu.model_step.Layer` names. eps: of each norm.
-    mixer_eps: of the norms of dt, B and C, or None. norm_f: (M,). head: (V, M). claimed, done: tasks of each phase, int64.
+    mixer_eps: of the norms of dt, B and C, or None. norm_f: (M,). head: (V, M).
+    claimed, done: tasks of each phase, int64.
     """
     phases = PARTS * sizes.layers + 2
     while phase < phases:
