@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mambakit.data import load_tokenizer
 from mambakit.models import MambaConfig, MambaLanguageModel, save_model
@@ -14,6 +16,7 @@ from mambakit.models import MambaConfig, MambaLanguageModel, save_model
 pytest.importorskip("cyllama")
 
 PROMPT = list(b"Hello w")
+TEXT = "Hé, it's 1234 o'clock:\n\n\tdef f(x):  return x\\0\0 → 日本"
 VARIANTS = {
     "default": {},
     "untied, norms": {"tie_embeddings": False, "mixer_norm_epsilon": 1e-5, "d_state": 8},
@@ -24,7 +27,7 @@ GREEDY = """
 import sys
 import cyllama.llama.llama_cpp as llama
 
-path, count, *prompt = sys.argv[1:]
+path, text, count, *prompt = sys.argv[1:]
 llama.ggml_backend_load_all()
 model = llama.LlamaModel(path, llama.LlamaModelParams())
 context = llama.LlamaContext(model, llama.LlamaContextParams())
@@ -36,7 +39,7 @@ for _ in range(int(count)):
     tokens.append(sampler.sample(context, -1))
     context.decode(llama.llama_batch_get_one(tokens[-1:], len(tokens) - 1))
 print("tokens", *tokens[len(prompt):])
-text = bytes.fromhex("48e9").decode("latin-1") + " \\n\\0\\\\"
+text = bytes.fromhex(text).decode()
 if model.get_vocab().vocab_type:
     print("text", *model.get_vocab().tokenize(text, False, False))
 """
@@ -55,7 +58,8 @@ def make_model(**fields) -> MambaLanguageModel:
 def lines(model, folder, tokenizer=None) -> dict[str, list[int]]:
     """What llama.cpp makes of a model, by the first word of its lines."""
     save_model(model, folder, "gguf", tokenizer)
-    command = [sys.executable, "-c", GREEDY, str(folder / "model.gguf"), "24", *map(str, PROMPT)]
+    arguments = [str(folder / "model.gguf"), TEXT.encode().hex(), "24", *map(str, PROMPT)]
+    command = [sys.executable, "-c", GREEDY, *arguments]
     result = subprocess.run(command, capture_output=True, check=True)
     words = [line.split() for line in result.stdout.decode(errors="replace").splitlines()]
     return {w[0]: list(map(int, w[1:])) for w in words if w and w[0] in ("tokens", "text")}
@@ -72,4 +76,24 @@ def test_a_tokenizer_of_bytes(tmp_path):
     model = make_model()
     found = lines(model, tmp_path, load_tokenizer("bytes"))
     assert found["tokens"] == model.generate([PROMPT], max_tokens=24, temperature=0)[0]
-    assert found["text"] == list("Hé \n\0\\".encode())
+    assert found["text"] == list(TEXT.encode())
+
+
+def test_a_tokenizer_of_pairs(tmp_path):
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    pairs.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    pairs.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    model = make_model(vocab_size=tokenizer.vocab_size, pad_vocab_size_multiple=8)
+    found = lines(model, tmp_path / "out", tokenizer)
+    assert found["text"] == tokenizer.encode(TEXT).tolist()
+    assert len(found["text"]) < len(TEXT.encode())

@@ -42,13 +42,15 @@ def run(args: Sequence[str]) -> int:
 
     import torch
 
-    from mambakit.cli.loading import find_checkpoint, find_tokenizer
+    from mambakit.cli.loading import find_checkpoint, find_tokenizer, leave_out_padding
     from mambakit.models.checkpoint import load_model
 
     folder = find_checkpoint(options.source, options.revision)
     tokenizer = find_tokenizer(folder, options.tokenizer)
     dtype = None if options.precision is None else getattr(torch, options.precision)
     model = load_model(folder, dtype=dtype)
+    if tokenizer is not None:
+        leave_out_padding(model, tokenizer)
     model.save_pretrained(options.out, options.format, tokenizer)
     precision = str(model.lm_head.weight.dtype).removeprefix("torch.")
     print(

@@ -41,7 +41,15 @@ def load_checkpoint(
             f"{folder} has no tokenizer.json; name the model's with --tokenizer "
             "(that of the released Mamba models is EleutherAI/gpt-neox-20b)"
         )
-    return load_model(folder, place, getattr(torch, precision)).eval(), found
+    model = load_model(folder, place, getattr(torch, precision)).eval()
+    leave_out_padding(model, found)
+    return model, found
+
+
+def leave_out_padding(model: MambaLanguageModel, tokenizer: Tokenizer) -> None:
+    """Let a model write no ids that its tokenizer does not have; some formats do not say which."""
+    if tokenizer.vocab_size < model.config.vocab_size:
+        model.config = model.config.with_vocabulary(tokenizer.vocab_size)
 
 
 def find_checkpoint(source: Path, revision: str | None = None) -> Path:

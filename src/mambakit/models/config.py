@@ -150,6 +150,19 @@ class MambaConfig:
         embeddings = self.padded_vocab_size * d_model * (1 if self.tie_embeddings else 2)
         return embeddings + self.n_layer * layer + d_model
 
+    def with_vocabulary(self, vocab_size: int) -> MambaConfig:
+        """The same sizes, of whose ids only the first `vocab_size` stand for tokens.
+
+        Raises:
+            ConfigError: The embedding has fewer rows.
+        """
+        rows = self.padded_vocab_size
+        if not 1 <= vocab_size <= rows:
+            raise ConfigError(f"model config: vocab_size is {vocab_size}, not from 1 to {rows}")
+        multiples = range(rows - vocab_size + 1, rows + 1)
+        multiple = next(number for number in multiples if rows % number == 0)
+        return dataclasses.replace(self, vocab_size=vocab_size, pad_vocab_size_multiple=multiple)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold; `from_dict` is the inverse."""
         return {**dataclasses.asdict(self), "selective": list(self.selective)}

@@ -28,11 +28,9 @@ def check_fit(folder: Path, files: list[Path], model: MambaLanguageModel, layout
         CheckpointError: They differ. The message names every tensor that is missing, unknown,
             or has another shape or dtype.
     """
-    found = {
-        layout.ours(name): (name, tensor)
-        for file in files
-        for name, tensor in open_tensors(file).items()
-    }
+    tensors = [item for file in files for item in open_tensors(file).items()]
+    found = {layout.ours(name): (name, tensor) for name, tensor in tensors}
+    twice = [name for name, tensor in tensors if found[layout.ours(name)][1] is not tensor]
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     is_tied = model.config.tie_embeddings
     missing = [
@@ -43,6 +41,7 @@ def check_fit(folder: Path, files: list[Path], model: MambaLanguageModel, layout
     unknown = [theirs for name, (theirs, _) in found.items() if name not in wanted]
     complaints = [f"it lacks {joined(missing)}"] if missing else []
     complaints += [f"it has the unknown {joined(unknown)}"] if unknown else []
+    complaints += [f"it has {joined(twice)} twice"] if twice else []
     complaints += _misshapen(found, wanted)
     # A head of a wrong shape is told as such.
     if is_tied and not complaints and HEAD in found and not _equal(found[HEAD], found[EMBEDDING]):

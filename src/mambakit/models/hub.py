@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from mambakit.errors import CheckpointError
+from mambakit.errors import ArgumentError, CheckpointError
 from mambakit.models.formats.layout import CONFIG_FILE, PICKLE, SAFETENSORS
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -29,11 +29,14 @@ def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
         revision: Branch, tag or commit on the hub. Default: the main branch.
 
     Raises:
+        ArgumentError: A revision is asked for, but not of the hub.
         CheckpointError: It is neither, or the hub cannot be reached and the cache does not have it.
     """
     path = Path(source)
     hub_id = path.as_posix()
     if path.exists() or not _HUB_ID.fullmatch(hub_id):
+        if revision is not None:
+            raise ArgumentError(f"revision: got {revision!r}, but {path} is no id of the hub")
         return path
     from huggingface_hub import snapshot_download
 

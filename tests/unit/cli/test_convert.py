@@ -46,6 +46,12 @@ def test_every_format_to_every_other(source, model, tmp_path, capsys, format):
     assert capsys.readouterr().out == line
 
 
+def test_ids_of_no_token_are_padding_afterwards(source, model, tmp_path):
+    assert convert(source, "--out", tmp_path / "out") == 0
+    config = load_model(tmp_path / "out").config
+    assert (config.vocab_size, config.padded_vocab_size) == (257, 264)
+
+
 def test_gguf(source, tmp_path, capsys):
     assert (
         convert(source, "--out", tmp_path / "out", "--format", "gguf", "--precision", "float16")

@@ -88,6 +88,19 @@ def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path):
         load_model(tmp_path)
 
 
+def test_a_tensor_that_is_there_twice(tmp_path):
+    save_model(make_model(), tmp_path, "huggingface")
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    other = {"backbone.embedding.weight": weights["backbone.embeddings.weight"]}
+    path.rename(tmp_path / "a.safetensors")
+    save_file(other, tmp_path / "b.safetensors")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"json: it has backbone\.embeddings\.weight twice$"):
+        load_model(tmp_path)
+
+
 def test_names_in_a_line():
     assert joined([]) == ""
     assert joined(["a", "layers.b"]) == "a, layers.b"

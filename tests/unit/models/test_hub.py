@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from mambakit.errors import CheckpointError
+from mambakit.errors import ArgumentError, CheckpointError
 from mambakit.models import MambaConfig, MambaLanguageModel, load_model, save_model
 from mambakit.models.hub import locate
 
@@ -132,6 +132,14 @@ def test_what_is_no_id_is_a_folder(hub, name):
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         load_model(name)
     assert hub.asked == []
+
+
+@pytest.mark.parametrize("name", ["nothing", "some/mamba"])
+def test_a_revision_of_a_folder(hub, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "mamba").mkdir(parents=True)
+    with pytest.raises(ArgumentError, match=f"revision: got 'v2', but {name} is no id of the hub"):
+        load_model(name, revision="v2")
 
 
 def test_folders_come_first(hub, tmp_path, monkeypatch):

@@ -13,11 +13,18 @@ from mambakit.models.formats.layout import SavedTokenizer
 if TYPE_CHECKING:
     import gguf
 
-SPLITS = {
-    ("ByteLevel",): "gpt-2",
-    ("Punctuation", "ByteLevel", "Digits", "Split"): "falcon",
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+_THREE = {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated"}
+SPLITS: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [_BYTES],
+    "falcon": [
+        {"type": "Punctuation", "behavior": "Contiguous"},
+        _BYTES,
+        {"type": "Digits", "individual_digits": False},
+        {**_THREE, "invert": False},
+    ],
 }
-"""Kinds of the steps in which a tokenizer.json splits a text before BPE, and llama.cpp's name for them."""
+"""llama.cpp's names for the steps in which a text is split before BPE, and those in a tokenizer.json."""
 
 
 def add_vocabulary(
@@ -45,12 +52,13 @@ def add_vocabulary(
 
 def _add_bpe(writer: gguf.GGUFWriter, content: dict[str, Any], vocab_size: int) -> None:
     model = content["model"]
-    split = content.get("pre_tokenizer") or {}
-    steps = tuple(step["type"] for step in split.get("pretokenizers", [split]) if step)
-    if model.get("type") != "BPE" or steps not in SPLITS:
+    split = content.get("pre_tokenizer") or {"pretokenizers": []}
+    steps = split.get("pretokenizers", [split])
+    names = [name for name, wanted in SPLITS.items() if _are(steps, wanted)]
+    if model.get("type") != "BPE" or not names:
         raise ConfigError(
             f"tokenizer: llama.cpp has nothing known here for {model.get('type')} after "
-            f"{' and '.join(steps) or 'no split'}; leave the tokenizer out"
+            f"{' and '.join(step['type'] for step in steps) or 'no split'}; leave the tokenizer out"
         )
     from gguf import TokenType
 
@@ -60,9 +68,17 @@ def _add_bpe(writer: gguf.GGUFWriter, content: dict[str, Any], vocab_size: int) 
         ids[token["id"]] = token["content"], kind
     _add_tokens(writer, ids, vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(SPLITS[steps])
+    writer.add_tokenizer_pre(names[0])
     # Older files have a merge as a string, newer ones as a pair.
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
+
+
+def _are(steps: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> bool:
+    """Whether steps of splitting are those that are wanted; older files do not say use_regex."""
+    return len(steps) == len(wanted) and all(
+        want.items() <= {"use_regex": True, **step}.items()
+        for step, want in zip(steps, wanted, strict=True)
+    )
 
 
 def _add_bytes(writer: gguf.GGUFWriter, vocab_size: int) -> None:

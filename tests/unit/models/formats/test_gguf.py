@@ -143,6 +143,35 @@ def test_bpe(tmp_path, merges):
     assert value(reader, "tokenizer.ggml.add_bos_token") is False
 
 
+FALCON = [
+    {"type": "Punctuation", "behavior": "Contiguous"},
+    BPE["pre_tokenizer"],
+    {"type": "Digits", "individual_digits": False},
+    {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False},
+]  # fmt: skip
+
+
+def test_the_split_of_falcon(tmp_path):
+    split = {"type": "Sequence", "pretokenizers": FALCON}
+    reader = read(make_model(), tmp_path / "out", tokenizer_of(tmp_path, pre_tokenizer=split))
+    assert value(reader, "tokenizer.ggml.pre") == "falcon"
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{**BPE["pre_tokenizer"], "use_regex": False}],
+        [{**BPE["pre_tokenizer"], "add_prefix_space": True}],
+        FALCON[:3],
+        [*FALCON[:3], {**FALCON[3], "pattern": {"Regex": "[0-9]"}}],
+    ],
+)
+def test_a_split_that_differs_a_little(tmp_path, steps):
+    split = {"type": "Sequence", "pretokenizers": steps}
+    with pytest.raises(ConfigError, match="nothing known here for BPE after"):
+        save_model(make_model(), tmp_path, "gguf", tokenizer_of(tmp_path, pre_tokenizer=split))
+
+
 def test_tokenizers_that_do_not_fit(tmp_path):
     with pytest.raises(ConfigError, match=r"has ids up to 5, wanted below 4"):
         save_model(
