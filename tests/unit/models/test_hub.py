@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def test_the_network_is_down_but_the_cache_has_it(tmp_path, format, offline):
         "HF_HOME": str(tmp_path),
         "HF_ENDPOINT": "http://127.0.0.1:9",  # Nobody listens there.
         "HF_HUB_OFFLINE": offline,
-        "PYTHONPATH": ":".join(sys.path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
         "PATH": "",
     }
     result = subprocess.run(
@@ -53,7 +54,7 @@ def test_the_network_is_down_and_the_cache_is_empty(tmp_path):
     environment = {
         "HF_HOME": str(tmp_path),
         "HF_ENDPOINT": "http://127.0.0.1:9",
-        "PYTHONPATH": ":".join(sys.path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
         "PATH": "",
     }
     result = subprocess.run(
