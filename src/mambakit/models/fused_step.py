@@ -48,7 +48,8 @@ def fused_step(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> 
         return None
     eps = [*(block.norm.eps for block in blocks), norm_f.eps]
     embedded = embedding.weight.detach().index_select(0, tokens)
-    return model_step(embedded, layers, norm_f.weight, head.weight, eps)
+    mixer_eps = config.mixer_norm_epsilon
+    return model_step(embedded, layers, norm_f.weight, head.weight, eps, mixer_eps)
 
 
 _KINDS = (Block, RMSNorm, MambaMixer, Linear, CausalConv1d, Linear, DtProjection, Linear)
