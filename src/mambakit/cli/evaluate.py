@@ -26,7 +26,9 @@ class Evaluate(Windows):
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
     """A folder made by `mambakit prepare`, or text as `mambakit prepare` takes it."""
     checkpoint: Path
-    """Checkpoint, or run folder (its last checkpoint is taken)."""
+    """Checkpoint, run folder (its last checkpoint is taken), or Hugging Face hub id."""
+    tokenizer: str | None = None
+    """bytes, a tokenizer.json, a folder that holds one, or a hub id; default: the checkpoint's."""
     device: str = "auto"
     """auto (the GPU if there is one), cpu, cuda or cuda:N."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -45,7 +47,9 @@ def run(args: Sequence[str]) -> int:
 
     if options.precision == "bfloat16":
         check_bfloat16(find_device(options.device))
-    model, tokenizer = load_checkpoint(options.checkpoint, options.device, options.precision)
+    model, tokenizer = load_checkpoint(
+        options.checkpoint, options.device, options.precision, options.tokenizer
+    )
     with open_text(options.sources, options, tokenizer) as dataset:
         result = score_on(model, dataset, options, tokenizer)
     print(f"tokens          {result.tokens:>12,}")

@@ -24,7 +24,9 @@ class Generate:
     """
 
     checkpoint: Path
-    """Checkpoint, or run folder (its last checkpoint is taken)."""
+    """Checkpoint, run folder (its last checkpoint is taken), or Hugging Face hub id."""
+    tokenizer: str | None = None
+    """bytes, a tokenizer.json, a folder that holds one, or a hub id; default: the checkpoint's."""
     prompt: tuple[str, ...] = ()
     """Texts to continue; without any, what comes from stdin; if nothing, a new document."""
     prompt_file: Path | None = None
@@ -52,7 +54,9 @@ def run(args: Sequence[str]) -> int:
     from mambakit.cli.loading import load_checkpoint
     from mambakit.generate import stream_text
 
-    model, tokenizer = load_checkpoint(options.checkpoint, options.device, options.precision)
+    model, tokenizer = load_checkpoint(
+        options.checkpoint, options.device, options.precision, options.tokenizer
+    )
     pieces = stream_text(
         model,
         tokenizer,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ import tyro
 from mambakit.cli.parsing import parse
 from mambakit.cli.scoring import Windows, open_text, score_on
 from mambakit.errors import ArgumentError, CheckpointError
-from mambakit.files import atomic_write
 
 if TYPE_CHECKING:
     from mambakit.models import MambaLanguageModel
@@ -31,9 +29,11 @@ class Quantise(Windows):
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """Checkpoint, or run folder (its last checkpoint is taken)."""
+    """Checkpoint, run folder (its last checkpoint is taken), or Hugging Face hub id."""
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to write the quantised checkpoint to."""
+    tokenizer: str | None = None
+    """bytes, a tokenizer.json, a folder that holds one, or a hub id; default: the checkpoint's."""
     bits: Literal[8, 4] = 8
     """Bits of a weight. With 4, x_proj and dt_proj, one weight in thirty, have 8."""
     group_size: Literal[32, 64, 128] = 64
@@ -48,15 +48,14 @@ def run(args: Sequence[str]) -> int:
     """Run `mambakit quantise`."""
     options = parse(Quantise, args, "quantise")
 
-    from mambakit.cli.loading import load_checkpoint
-    from mambakit.models.checkpoint import WEIGHTS_FILE, save_model
+    from mambakit.cli.loading import find_checkpoint, load_checkpoint
+    from mambakit.models.checkpoint import save_model
     from mambakit.models.quantisation import Quantisation
-    from mambakit.train.checkpointing import find_model
 
-    folder = find_model(options.checkpoint)
+    folder = find_checkpoint(options.checkpoint)
     _check(folder, options.out)
     quantisation = Quantisation(bits=options.bits, group_size=options.group_size)
-    model, tokenizer = load_checkpoint(folder, options.device)
+    model, tokenizer = load_checkpoint(folder, options.device, tokenizer=options.tokenizer)
     if options.text:
         with open_text(options.text, options, tokenizer) as dataset:
             before = score_on(model, dataset, options, tokenizer)
@@ -64,11 +63,9 @@ def run(args: Sequence[str]) -> int:
             after = score_on(model, dataset, options, tokenizer)
     else:
         _quantise(model, quantisation)
-    save_model(model, options.out)
-    with atomic_write(options.out / "tokenizer.json") as path:
-        shutil.copyfile(folder / "tokenizer.json", path)
-    sizes = [(place / WEIGHTS_FILE).stat().st_size / 1e6 for place in (folder, options.out)]
-    print(f"weights, MB     {sizes[0]:>12,.1f}  to {sizes[1]:>12,.1f}")
+    save_model(model, options.out, tokenizer=tokenizer)
+    before_mb, after_mb = _megabytes(folder), _megabytes(options.out)
+    print(f"weights, MB     {before_mb:>12,.1f}  to {after_mb:>12,.1f}")
     if options.text:
         print(f"tokens          {before.tokens:>12,}")
         print(f"nats per token  {before.loss:>12.4f}  to {after.loss:>12.4f}")
@@ -89,6 +86,13 @@ def _check(folder: Path, out: Path) -> None:
         )
     if out.resolve() == folder.resolve():
         raise ArgumentError(f"out: {out} is the checkpoint that is read; choose another folder")
+
+
+def _megabytes(folder: Path) -> float:
+    """Size of the weights of a checkpoint."""
+    from mambakit.models.weights import weight_files
+
+    return sum(file.stat().st_size for file in weight_files(folder)) / 1e6
 
 
 def _quantise(model: MambaLanguageModel, quantisation: Quantisation) -> None:

@@ -50,7 +50,7 @@ def fused_step(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> 
         return None
     eps = [*(block.norm.eps for block in blocks), norm_f.eps]
     embedded = embedding(tokens).detach().to(torch.float32, copy=True)
-    return model_step(embedded, layers, last, eps)
+    return model_step(embedded, layers, last, eps, config.mixer_norm_epsilon)
 
 
 _KINDS = (

@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from mambakit.cli.main import main
-from mambakit.data import BytesTokenizer
-from mambakit.models import MambaConfig, MambaLanguageModel, Quantisation, load_model, save_model
+from mambakit.data import BytesTokenizer, load_tokenizer
+from mambakit.models import (
+    MambaConfig,
+    MambaLanguageModel,
+    Quantisation,
+    load_model,
+    quantise,
+    save_model,
+)
 
 
 @pytest.fixture
@@ -65,6 +72,22 @@ def test_perplexity_before_and_after(checkpoint, text, tmp_path, capsys):
         found.append(line.split()[1])
     assert found == [before, after]
     assert before != after
+
+
+@pytest.mark.parametrize("format", ["official", "huggingface"])
+def test_other_formats_and_a_named_tokenizer(checkpoint, tmp_path, capsys, format):
+    model, source, out = load_model(checkpoint), tmp_path / "source", tmp_path / "small"
+    save_model(model, source, format)
+    assert run("quantise", source, out) == 2
+    assert "has no tokenizer.json; name the model's with --tokenizer" in capsys.readouterr().err
+    assert run("quantise", source, out, "--tokenizer", "bytes") == 0
+    assert load_tokenizer(out).eos_id == 256
+    quantise(model, Quantisation())
+    found = load_model(out).state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
+    weights = [*source.glob("*.safetensors"), *source.glob("*.bin")]
+    size = sum(path.stat().st_size for path in weights) / 1e6
+    assert f"weights, MB     {size:>12,.1f}  to " in capsys.readouterr().out
 
 
 def test_what_it_refuses(checkpoint, tmp_path, capsys):

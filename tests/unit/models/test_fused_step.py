@@ -60,6 +60,8 @@ CONFIGS = {
     "odd sizes": {"d_model": 17, "d_state": 5, "d_conv": 2, "dt_rank": 3, "expand": 3},
     "no taps before, one state": {"d_conv": 1, "d_state": 1, "dt_rank": 1},
     "several tasks a phase": {"d_model": 96, "vocab_size": 1000},
+    "norms": {"mixer_norm_epsilon": 0.01, "dt_rank": 3, "d_state": 5},
+    "norms, several tasks a phase": {"mixer_norm_epsilon": 1e-6, "d_model": 96},
     "s4d constant": {"A_init": "constant", "norm_epsilon": 1e-2},
 }
 
@@ -80,7 +82,9 @@ def test_it_equals_the_modules(fields, batch):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("name", ["default", "untied", "odd sizes", "several tasks a phase"])
+@pytest.mark.parametrize(
+    "name", ["default", "untied", "odd sizes", "several tasks a phase", "norms"]
+)
 def test_quantised_it_equals_the_modules(name, bits, group_size, batch):
     model = make_model(**CONFIGS[name])
     quantise(model, Quantisation(bits=bits, group_size=group_size))
@@ -95,7 +99,9 @@ def test_quantised_it_equals_the_modules(name, bits, group_size, batch):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["default", "untied", "odd sizes", "no taps before, one state"])
+@pytest.mark.parametrize(
+    "name", ["default", "untied", "odd sizes", "no taps before, one state", "norms"]
+)
 def test_bfloat16_is_as_near_to_float32_as_the_modules(name, batch):
     model = make_model(**CONFIGS[name]).bfloat16()
     wide = copy.deepcopy(model).float()

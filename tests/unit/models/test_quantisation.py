@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mambakit.errors import ArgumentError, CheckpointError, ConfigError
 from mambakit.models import (
+    FORMATS,
     MambaConfig,
     MambaLanguageModel,
     Quantisation,
@@ -41,6 +44,7 @@ CONFIGS = [
     {"tie_embeddings": False},
     {"bias": True, "selective": ("B",), "A_init": "s4d-lin"},
     {"selective": ()},
+    {"mixer_norm_epsilon": 1e-3},
 ]
 
 
@@ -110,6 +114,74 @@ def test_the_head_stays_tied_and_cast_models_are_loaded(tmp_path: Path) -> None:
     assert load_model(tmp_path, dtype=torch.float32)(TOKENS)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_codes_and_scales_are_not_cast(tmp_path: Path, dtype) -> None:
+    model = quantised(make_model())
+    save_model(model, tmp_path)
+    found = load_model(tmp_path, dtype=dtype).state_dict()
+    for name, tensor in model.to(dtype).state_dict().items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+    assert found["lm_head.codes"].dtype == torch.int8
+    assert found["lm_head.scales"].dtype == torch.bfloat16
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def test_scales_of_another_dtype(tmp_path: Path) -> None:
+    save_model(quantised(make_model()), tmp_path)
+    name = "backbone.layers.1.mixer.out_proj.scales"
+    edit_weights(tmp_path, lambda weights: weights.update({name: weights[name].float()}))
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: got dtype torch\.float32, wanted torch\.bfloat16$"
+    ):
+        load_model(tmp_path)
+
+
+def test_scales_that_are_not_finite(tmp_path: Path) -> None:
+    save_model(quantised(make_model()), tmp_path)
+    edit_weights(
+        tmp_path, lambda weights: weights["backbone.embedding.table.scales"].fill_(torch.nan)
+    )
+    with pytest.warns(
+        UserWarning, match=r"NaN or infinite numbers in backbone\.embedding\.table\.sc"
+    ):
+        load_model(tmp_path)
+
+
+def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path: Path) -> None:
+    save_model(quantised(make_model()), tmp_path)
+    names = {"lm_head.codes", "lm_head.scales"}
+    assert names.isdisjoint(load_file(tmp_path / "model.safetensors"))
+    table = "backbone.embedding.table."
+    edit_weights(
+        tmp_path,
+        lambda w: w.update({n: w[table + n.removeprefix("lm_head.")].clone() for n in names}),
+    )
+    loaded = load_model(tmp_path)
+    assert loaded.lm_head is loaded.backbone.embedding.table
+    edit_weights(tmp_path, lambda weights: weights["lm_head.codes"][3].add_(1))
+    with pytest.raises(
+        CheckpointError, match=r"json: the head is tied .*, but lm_head\.codes is not \S+codes$"
+    ):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "mambakit"])
+def test_other_formats_have_no_quantised_models(tmp_path: Path, format) -> None:
+    model = quantised(make_model(pad_vocab_size_multiple=1))
+    with pytest.raises(
+        ArgumentError,
+        match=f"format: got '{format}', but the model is quantised, wanted 'mambakit'",
+    ):
+        model.save_pretrained(tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+
+
 def test_progress() -> None:
     seen: list[tuple[int, int]] = []
     quantise(make_model(), Quantisation(), lambda done, total: seen.append((done, total)))
@@ -149,8 +221,18 @@ def test_wrong_settings() -> None:
     [
         ({"bits": 2, "group_size": 64}, "bits is 2"),
         ("int8", "wanted fields"),
-        ({"bits": 4, "group_size": 64}, r"has shape .*|is torch\.int8, wanted torch\.int16"),
-        ({"bits": 8, "group_size": 32}, "scales has shape"),
+        (
+            {"bits": 4, "group_size": 64},
+            r"table\.codes: got shape \(56, 64\), wanted \(56, 16\);.* got dtype torch\.int8, wanted torch\.int16",
+        ),
+        (
+            {"bits": 8, "group_size": 32},
+            r"table\.scales: got shape \(56, 1\), wanted \(56, 2\)",
+        ),
+        (
+            None,
+            r"it lacks backbone\.embedding\.weight, .*; it has the unknown backbone\.embedding\.table",
+        ),
     ],
 )
 def test_a_config_that_does_not_fit(tmp_path: Path, value, message) -> None:

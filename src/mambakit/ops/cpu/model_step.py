@@ -85,7 +85,11 @@ _FORMS = (
 
 
 def model_step(
-    embedded: Tensor, layers: Sequence[Layer], head: Head, eps: Sequence[float]
+    embedded: Tensor,
+    layers: Sequence[Layer],
+    head: Head,
+    eps: Sequence[float],
+    mixer_eps: float | None,
 ) -> Tensor:
     """Logits, (B, V) in the dtype of the norms, from the embeddings of a token a sequence, (B, M); the states move on.
 
@@ -97,6 +101,7 @@ def model_step(
         layers: First layer first.
         head: What follows them.
         eps: Of the norm of each layer, and of the last norm.
+        mixer_eps: Of the norms of dt, B and C; None: there are none.
     """
     from mambakit.ops.cpu.kernels.model_step import PARTS
 
@@ -111,7 +116,8 @@ def model_step(
     steering = array(layers[0].x_proj[:0, :0].reshape(-1))
     scales = _NO_SCALES if head.scales is None else array(head.scales)
     run(
-        _walk, threads, sizes, table, np.array(eps, np.float32), array(head.norm), steering, scales,
+        _walk, threads, sizes, table, np.array(eps, np.float32),
+        None if mixer_eps is None else np.float32(mixer_eps), array(head.norm), steering, scales,
         array(head.weight), rows, claimed, done,
     )  # fmt: skip
     increment_version([state for layer in layers for state in (layer.conv_state, layer.ssm_state)])

@@ -18,6 +18,7 @@ from mambakit.ops.cpu.kernels.rms_norm import normalise
 from mambakit.ops.cpu.kernels.simd import (
     LOG2_E,
     any_order,
+    dot,
     exp2,
     kernel,
     load,
@@ -125,12 +126,31 @@ def advance(state, decays, inputs, B, C, sums):
 
 
 @register_jitable
-def scan(first, last, sizes, layer, rows, head, steering):
+def normalised(values, sizes, eps):
+    """Dt, B and C, each with a mean square of one; the values themselves if eps is None.
+
+    Every task does it for itself: that is a small part of its product with dt_proj, and saves a phase.
+    """
+    if eps is None:
+        return values
+    out = np.empty_like(values)
+    end_dt, end_B, end = sizes.dt_rank, sizes.dt_rank + sizes.d_state, values.shape[1]
+    for b in range(values.shape[0]):
+        for first, last in ((0, end_dt), (end_dt, end_B), (end_B, end)):
+            part = values[b, first:last]
+            scale = np.float32(1) / np.sqrt(dot(part, part) / np.float32(last - first) + eps)
+            for i in range(first, last):
+                out[b, i] = values[b, i] * scale
+    return out
+
+
+@register_jitable
+def scan(first, last, sizes, layer, mixer_eps, rows, head, steering):
     """Dt and the scan of some channels; loops over rows, so that they become vectors."""
     batch, d_inner, d_state, dt_rank = rows.xz.shape[0], sizes.d_inner, sizes.d_state, sizes.dt_rank
     width = last - first
     codes, steps = np.zeros_like(rows.steering.codes), np.zeros_like(rows.steering.steps)
-    low = Operand(rows.steering.values, codes, steps)
+    low = Operand(normalised(rows.steering.values, sizes, mixer_eps), codes, steps)
     for b in range(batch):
         prepare(low, b, 0, dt_rank, dt_rank, steering)
     dt_proj, scales = matrix_at(layer.dt_proj, layer.dt_scales, d_inner, dt_rank, low, steering)
@@ -147,7 +167,7 @@ def scan(first, last, sizes, layer, rows, head, steering):
         rates[i] = -LOG2_E * exp2(LOG2_E * A_log[i])
     for b in range(batch):
         x, y = rows.x.values[b, first:last], rows.y.values[b, first:last]
-        dt, steer = rows.dt[b, first:last], rows.steering.values[b]
+        dt, steer = rows.dt[b, first:last], low.values[b]
         z = rows.xz[b, d_inner + first : d_inner + last]
         B = steer[dt_rank : dt_rank + d_state]
         C = steer[dt_rank + d_state : dt_rank + 2 * d_state]
@@ -190,7 +210,9 @@ def extent(part, is_head, sizes, rows):
 
 
 @register_jitable
-def run_task(part, first, last, index, sizes, layer, eps, norm_f, steering, scales, head, rows):
+def run_task(
+    part, first, last, index, sizes, layer, eps, mixer_eps, norm_f, steering, scales, head, rows
+):
     """One task of a phase; index: of the layer, which for the head is their number."""
     is_head = index == sizes.layers
     if part == NORM:
@@ -206,7 +228,7 @@ def run_task(part, first, last, index, sizes, layer, eps, norm_f, steering, scal
         weight, scales = matrix_at(layer.x_proj, layer.x_scales, whole, d_inner, rows.x, steering)
         multiply(first, last, rows.x, weight, scales, rows.steering.values)
     elif part == SCAN:
-        scan(first, last, sizes, layer, rows, head, steering)
+        scan(first, last, sizes, layer, mixer_eps, rows, head, steering)
     else:
         weight, scales = matrix_at(
             layer.out_proj, layer.out_scales, sizes.d_model, sizes.d_inner, rows.y, head
@@ -215,13 +237,13 @@ def run_task(part, first, last, index, sizes, layer, eps, norm_f, steering, scal
 
 
 @kernel
-def walk(phase, sizes, layers, eps, norm_f, steering, scales, head, rows, claimed, done):
+def walk(phase, sizes, layers, eps, mixer_eps, norm_f, steering, scales, head, rows, claimed, done):
     """Take part in the phases from `phase` on; the phase in which waiting took too long, or their number at the end.
 
     layers: for each a record of addresses, of what `mambakit.ops.cpu.model_step.Layer` names. eps: of each norm.
-    norm_f: (M,), in the dtype of norms and convolutions. steering: an array of the dtype of x_proj and dt_proj.
-    head: (V, M) in the dtype of the other matrices, or its codes, and their scales. claimed, done: tasks of each phase,
-    int64.
+    mixer_eps: of the norms of dt, B and C, or None. norm_f: (M,), in the dtype of norms and convolutions.
+    steering: an array of the dtype of x_proj and dt_proj. head: (V, M) in the dtype of the other matrices, or its
+    codes, and their scales. claimed, done: tasks of each phase, int64.
     """
     phases = PARTS * sizes.layers + 2
     while phase < phases:
@@ -234,8 +256,9 @@ def walk(phase, sizes, layers, eps, norm_f, steering, scales, head, rows, claime
         while task < tasks:
             first, last = task * size, min((task + 1) * size, whole)
             run_task(
-                part, first, last, index, sizes, layer, eps, norm_f, steering, scales, head, rows
-            )
+                part, first, last, index, sizes, layer, eps, mixer_eps, norm_f, steering, scales,
+                head, rows,
+            )  # fmt: skip
             count(done, phase)
             task = count(claimed, phase)
         spins = 0
