@@ -1,4 +1,4 @@
-"""A decoding step of a plain model in one compiled call."""
+"""A decoding step of a plain model by the kernels that do a whole step."""
 
 from __future__ import annotations
 
@@ -15,40 +15,52 @@ from mambakit.nn.linear import DtProjection, Linear
 from mambakit.nn.mixer import MambaMixer
 from mambakit.nn.norm import RMSNorm
 from mambakit.nn.state import MixerState
-from mambakit.ops.cpu.model_step import Layer, model_step, suitable
+from mambakit.ops import cuda
+from mambakit.ops.cpu import model_step as on_cpu
 from mambakit.ops.dispatch import unavailable
+from mambakit.ops.model_layer import Layer
 
 if TYPE_CHECKING:
     from mambakit.models.language_model import MambaLanguageModel
 
 
 def fused_step(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> Tensor | None:
-    """What `MambaLanguageModel.step` returns and does to the state, in one call of a kernel.
+    """What `MambaLanguageModel.step` returns and does to the state, without the modules.
 
-    None if the modules have to do it, because one of them is not the plain one (an adapter took its
-    place, a hook looks on), or the kernel has no form for the config, dtype, device or layout.
+    On the CPU that is one call of a kernel, on a GPU four kernels a layer. None if the modules have to do it, because one
+    of them is not the plain one (an adapter took its place, a hook looks on), or the kernels have no form for the config,
+    dtype, device or layout.
     """
     config, backbone = model.config, model.backbone
     has_form = config.conv_bias and not config.bias and not config.is_complex
     if not has_form or len(config.selective) < 3 or torch.compiler.is_compiling():
         return None
     embedding, norm_f, head = backbone.embedding, backbone.norm_f, model.lm_head
-    if torch.is_autocast_enabled("cpu"):
-        return None
     blocks = list(backbone.blocks())
     modules = [*map(_modules, blocks)]
     plain = [embedding, norm_f, head, *chain.from_iterable(modules)]
     if not all(map(_is_plain, plain, (nn.Embedding, RMSNorm, Linear, *_KINDS * len(blocks)))):
         return None
-    if unavailable("cpu", head.weight.device, head.weight.dtype):
+    device, dtype = head.weight.device, head.weight.dtype
+    if device.type not in ("cpu", "cuda") or torch.is_autocast_enabled(device.type):
+        return None
+    if unavailable(device.type, device, dtype):
         return None
     layers = [*map(_layer, modules, state.layers)]
-    tensors = [norm_f.weight, head.weight, *chain.from_iterable(layers)]
-    if not suitable(tensors):
-        return None
+    weights = norm_f.weight, head.weight
     eps = [*(block.norm.eps for block in blocks), norm_f.eps]
+    if device.type == "cuda":
+        narrow = not config.residual_in_fp32 and dtype != torch.float32
+        if narrow or not cuda.model_step.suitable(tokens, embedding.weight, layers, weights):
+            return None
+        logits: Tensor = cuda.model_step.model_step(
+            tokens, embedding.weight, layers, *weights, eps
+        )
+        return logits
+    if not on_cpu.suitable([*weights, *chain.from_iterable(layers)]):
+        return None
     embedded = embedding.weight.detach().index_select(0, tokens)
-    return model_step(embedded, layers, norm_f.weight, head.weight, eps)
+    return on_cpu.model_step(embedded, layers, *weights, eps)
 
 
 _KINDS = (Block, RMSNorm, MambaMixer, Linear, CausalConv1d, Linear, DtProjection, Linear)

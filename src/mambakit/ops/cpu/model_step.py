@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,25 +18,9 @@ from torch.autograd.graph import increment_version
 from mambakit.ops.cpu.arrays import array
 from mambakit.ops.cpu.linear import SMALL
 from mambakit.ops.cpu.threads import run
+from mambakit.ops.model_layer import Layer
 
 NAP_SECONDS = 1e-4
-
-
-class Layer(NamedTuple):
-    """The tensors of a layer: real A, everything selective, projections without biases."""
-
-    norm: Tensor
-    in_proj: Tensor
-    conv: Tensor
-    conv_bias: Tensor
-    x_proj: Tensor
-    dt_proj: Tensor
-    dt_bias: Tensor
-    A_log: Tensor
-    D: Tensor
-    out_proj: Tensor
-    conv_state: Tensor
-    ssm_state: Tensor
 
 
 def suitable(tensors: Sequence[Tensor]) -> bool:

@@ -1,0 +1,36 @@
+"""The tensors of a layer, as the backends take them that do a decoding step of a whole model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Layer(NamedTuple):
+    """A layer with real A, everything selective, a convolution with a bias and projections without one."""
+
+    norm: Tensor
+    """(M,)."""
+    in_proj: Tensor
+    """(2 D, M)."""
+    conv: Tensor
+    """(D, 1, W)."""
+    conv_bias: Tensor
+    """(D,)."""
+    x_proj: Tensor
+    """(R + 2 N, D)."""
+    dt_proj: Tensor
+    """(D, R)."""
+    dt_bias: Tensor
+    """(D,)."""
+    A_log: Tensor
+    """(D, N)."""
+    D: Tensor
+    """(D,)."""
+    out_proj: Tensor
+    """(M, D)."""
+    conv_state: Tensor
+    """(B, D, W-1)."""
+    ssm_state: Tensor
+    """(B, D, N)."""
