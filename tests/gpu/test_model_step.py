@@ -77,7 +77,9 @@ def assert_accurate(found: list[Tensor], reference: list[Tensor], exact: list[Te
         if truth.numel() == 0:
             continue
         allowed = 2 * error(theirs, truth) + torch.finfo(torch.float32).eps / 2
-        assert error(ours, truth) <= allowed, f"output {i}: {error(ours, truth):.2e} > {allowed:.2e}"
+        assert error(ours, truth) <= allowed, (
+            f"output {i}: {error(ours, truth):.2e} > {allowed:.2e}"
+        )
 
 
 def make_residual(layer: Layer, batch: int, dtype: torch.dtype) -> model_step.Residual:
@@ -129,9 +131,7 @@ def test_x_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: in
     x = torch.randn(batch, 2 * sizes["d_model"], device=DEVICE).to(dtype)
     found = model_step.x_proj(layer, x)
     assert found.dtype == torch.float32
-    assert_accurate(
-        [found], [linear(x, layer.x_proj)], [linear(x.double(), layer.x_proj.double())]
-    )
+    assert_accurate([found], [linear(x, layer.x_proj)], [linear(x.double(), layer.x_proj.double())])
 
 
 @pytest.mark.parametrize("steering", ["float32", "dtype of x"])
@@ -246,7 +246,9 @@ def numbers(state: ModelState) -> list[Tensor]:
     return [tensor for layer in state.layers for tensor in (layer.conv_state, layer.ssm_state)]
 
 
-def in_double(model: MambaLanguageModel, state: ModelState) -> tuple[MambaLanguageModel, ModelState]:
+def in_double(
+    model: MambaLanguageModel, state: ModelState
+) -> tuple[MambaLanguageModel, ModelState]:
     twin = MambaLanguageModel(model.config).to(DEVICE, torch.float64)
     twin.load_state_dict(model.state_dict())
     copy = state.clone()

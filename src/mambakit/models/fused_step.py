@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 def fused_step(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> Tensor | None:
     """What `MambaLanguageModel.step` returns and does to the state, without the modules.
 
-    On the CPU that is one call of a kernel, on a GPU four kernels a layer. None if the modules have to do it, because one
-    of them is not the plain one (an adapter took its place, a hook looks on), or the kernels have no form for the config,
-    dtype, device or layout.
+    On the CPU that is one call of a kernel, on a GPU four kernels a layer. None if the modules
+    have to do it, because one of them is not the plain one (an adapter took its place, a hook
+    looks on), or the kernels have no form for the config, dtype, device or layout.
     """
     config, backbone = model.config, model.backbone
     has_form = config.conv_bias and not config.bias and not config.is_complex
@@ -53,9 +53,7 @@ def fused_step(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> 
         narrow = not config.residual_in_fp32 and dtype != torch.float32
         if narrow or not cuda.model_step.suitable(tokens, embedding.weight, layers, weights):
             return None
-        logits: Tensor = cuda.model_step.model_step(
-            tokens, embedding.weight, layers, *weights, eps
-        )
+        logits: Tensor = cuda.model_step.model_step(tokens, embedding.weight, layers, *weights, eps)
         return logits
     if not on_cpu.suitable([*weights, *chain.from_iterable(layers)]):
         return None

@@ -1,7 +1,7 @@
 """One decoding step of a whole model on a GPU: four kernels a layer, bound by the reading of the weights.
 
-Up to `MOST_ROWS` rows, kernels of our own read every weight once and do what is between the products at their ends. Each
-begins to read its weights while the one before still runs. For more rows the products are PyTorch's (cuBLAS, tensor cores).
+Up to `MOST_ROWS` rows, kernels of our own read every weight once and do what is between the products at their ends.
+Each begins to read its weights while the one before still runs. For more rows the products are PyTorch's (cuBLAS).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 from mambakit.ops.cuda.arrays import TYPES, Variants, lanes, multiprocessors
 from mambakit.ops.cuda.causal_conv1d import causal_conv1d_step
 from mambakit.ops.cuda.compiler import kernel
-from mambakit.ops.cuda.products import MOST_ROWS, Layout, plan, tile_of
+from mambakit.ops.cuda.products import MOST_ROWS, plan, tile_of
 from mambakit.ops.cuda.rms_norm import add_rms_norm, rms_norm
 from mambakit.ops.model_layer import Layer
 
@@ -36,7 +36,9 @@ class Residual(NamedTuple):
     """Sums of squares of parts of each row, (B, parts), float32."""
 
 
-def suitable(tokens: Tensor, embedding: Tensor, layers: Sequence[Layer], others: Sequence[Tensor]) -> bool:
+def suitable(
+    tokens: Tensor, embedding: Tensor, layers: Sequence[Layer], others: Sequence[Tensor]
+) -> bool:
     """Whether the kernels can read all tensors where they lie.
 
     Args:
@@ -186,9 +188,7 @@ def x_proj(layer: Layer, x: Tensor, *, overlaps: bool = False) -> Tensor:
     return steering
 
 
-def scan(
-    layer: Layer, x: Tensor, z: Tensor, steering: Tensor, *, overlaps: bool = False
-) -> Tensor:
+def scan(layer: Layer, x: Tensor, z: Tensor, steering: Tensor, *, overlaps: bool = False) -> Tensor:
     """y, (B, D), of a step of the scan with its gate; the state moves on.
 
     Args:
@@ -287,7 +287,7 @@ def _scan_constants(layer: Layer, steering: Tensor, batch: int) -> dict[str, int
 
 
 def _scan_layout(states: int, spread: int, along: int, rank: int, tile: int) -> dict[str, int]:
-    depth = max(1, min(4, -(-rank // (spread * along))))
+    depth = max(1, min(4 if tile < MOST_ROWS else 2, -(-rank // (spread * along))))
     return {
         "STATES": states,
         "SPREAD": spread,
@@ -318,26 +318,31 @@ def _states_fit(layer: Layer) -> bool:
 def variants() -> Variants:
     """The kernels of the released models' shapes on 132 multiprocessors, and of odd sizes."""
     found: Variants = []
-    shapes = ((768, 1, "bfloat16"), (2048, 2, "bfloat16"), (2560, 8, "bfloat16"), (1024, 4, "float16"))
-    for d_model, batch, io in (*shapes, (768, 8, "float"), (17, 4, "bfloat16")):
-        d_inner, rank = 2 * d_model, -(-d_model // 16)
-        scaled = "bfloat16" if io == "bfloat16" else "float"
-        most = 4 if io == "float" else 8
-
-        def product(
-            rows: int, columns: int, x: str, *, io: str = io, most: int = most, batch: int = batch
-        ) -> dict[str, int | str]:
+    for d_model, batch, io in (
+        (768, 1, torch.bfloat16),
+        (2048, 2, torch.bfloat16),
+        (2560, 8, torch.bfloat16),
+        (1024, 4, torch.float16),
+        (768, 8, torch.float32),
+        (17, 4, torch.bfloat16),
+    ):
+        d_inner, rank, scaled = 2 * d_model, -(-d_model // 16), _scaled(io)
+        most = 16 // io.itemsize
+        products: dict[str, tuple[int, int, torch.dtype, dict[str, int | str]]] = {
+            "in_proj": (2 * d_inner, d_model, scaled, {"TAPS": 4}),
+            "x_proj": (rank + 32, d_inner, io, {}),
+            "out_proj": (d_model, d_inner, io, {"SCALED": TYPES[scaled]}),
+            "head": (50280, d_model, scaled, {}),
+        }
+        for name, (rows, columns, x, more) in products.items():
             along = lanes(most, columns)
-            layout: Layout = plan(rows, columns, along, 132)
-            return {"IO": io, "X": x, "LANES": along, **layout.constants(batch)}
-
+            layout = plan(rows, columns, along, 132).constants(batch)
+            constants = {**_types(io, x), "LANES": along, **layout, **more}
+            found.append((f"decode_{name}.cu", f"decode_{name}", constants))
         states, spread = (4, 4) if d_model > 17 else (1, 8)
+        layout = _scan_layout(states, spread, lanes(most, rank), rank, batch)
         found += [
-            ("decode_embedding.cu", "decode_embedding", {"IO": io, "X": scaled, "TOKEN": "int64"}),
-            ("decode_in_proj.cu", "decode_in_proj", {**product(2 * d_inner, d_model, scaled), "TAPS": 4}),
-            ("decode_x_proj.cu", "decode_x_proj", product(rank + 32, d_inner, io)),
-            ("decode_scan.cu", "decode_scan", {"IO": io, "X": "float", **_scan_layout(states, spread, lanes(most, rank), rank, batch)}),
-            ("decode_out_proj.cu", "decode_out_proj", {**product(d_model, d_inner, io), "SCALED": scaled}),
-            ("decode_head.cu", "decode_head", product(50280, d_model, scaled)),
-        ]  # fmt: skip
+            ("decode_scan.cu", "decode_scan", {**_types(io, torch.float32), **layout}),
+            ("decode_embedding.cu", "decode_embedding", {**_types(io, scaled), "TOKEN": "int64"}),
+        ]
     return found
