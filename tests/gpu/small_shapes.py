@@ -1,4 +1,4 @@
-"""One op, forward and backward, or decoding, on small shapes, to be run under compute-sanitizer: `small_shapes.py NAME`.
+"""One op, forward and backward, or decoding, on small shapes, for compute-sanitizer: `small_shapes.py NAME`.
 
 The scan runs in one piece and in three.
 """
