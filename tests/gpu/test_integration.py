@@ -173,7 +173,14 @@ def distance(found: list[Tensor], truth: list[Tensor]) -> float:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16 autocast"])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"A_init": "s4d-lin"}, {"selective": ("dt",)}, {"selective": ()}, {"conv_bias": False}],
+    [
+        {},
+        {"A_init": "s4d-lin"},
+        {"selective": ("dt",)},
+        {"selective": ()},
+        {"conv_bias": False},
+        {"mixer_norm_epsilon": 0.01, "dt_rank": 3},
+    ],
     ids=str,
 )
 def test_a_training_step_is_as_accurate_as_on_the_cpu(fields: dict, precision: str) -> None:

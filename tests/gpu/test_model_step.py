@@ -431,6 +431,7 @@ def test_what_is_not_plain_is_left_to_the_modules(
         {"d_state": 33},
         {"d_state": 132},
         {"residual_in_fp32": False},
+        {"mixer_norm_epsilon": 1e-5},
     ],
     ids=str,
 )

@@ -107,8 +107,11 @@ def mixed(mixer: MambaMixer, hidden: Tensor) -> tuple[list[Tensor], int]:
     return [y.detach(), *gradients], kept
 
 
-def test_the_mixer_keeps_neither_x_nor_dt(monkeypatch: pytest.MonkeyPatch) -> None:
-    mixer = MambaMixer(64).cuda()
+@pytest.mark.parametrize("norm_epsilon", [None, 1e-6])
+def test_the_mixer_keeps_neither_x_nor_dt(
+    monkeypatch: pytest.MonkeyPatch, norm_epsilon: float | None
+) -> None:
+    mixer = MambaMixer(64, norm_epsilon=norm_epsilon).cuda()
     hidden = torch.randn(4, 512, 64, device="cuda", requires_grad=True)
     mixed(mixer, hidden)
     ours, kept = mixed(mixer, hidden)
@@ -119,8 +122,10 @@ def test_the_mixer_keeps_neither_x_nor_dt(monkeypatch: pytest.MonkeyPatch) -> No
     assert kept_by_autograd - kept == 2 * 2 * 128 * 4 * 512
 
 
-def test_a_model_step_waits_for_nothing() -> None:
-    model = MambaLanguageModel(MambaConfig(d_model=64, n_layer=2, vocab_size=300)).cuda()
+@pytest.mark.parametrize("norm_epsilon", [None, 1e-6])
+def test_a_model_step_waits_for_nothing(norm_epsilon: float | None) -> None:
+    config = MambaConfig(d_model=64, n_layer=2, vocab_size=300, mixer_norm_epsilon=norm_epsilon)
+    model = MambaLanguageModel(config).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens = torch.randint(300, (2, 2050), device="cuda")
 

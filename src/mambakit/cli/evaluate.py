@@ -30,7 +30,9 @@ class Evaluate:
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
     """A folder made by `mambakit prepare`, or text as `mambakit prepare` takes it."""
     checkpoint: Path
-    """Checkpoint, or run folder (its last checkpoint is taken)."""
+    """Checkpoint, run folder (its last checkpoint is taken), or Hugging Face hub id."""
+    tokenizer: str | None = None
+    """bytes, a tokenizer.json, a folder that holds one, or a hub id; default: the checkpoint's."""
     split: str = "valid"
     """Split of a prepared folder."""
     seqlen: int = 1024
@@ -61,7 +63,9 @@ def run(args: Sequence[str]) -> int:
     from mambakit.evaluate import count_bytes, score
 
     console = Console(stderr=True)
-    model, tokenizer = load_checkpoint(options.checkpoint, options.device, options.precision)
+    model, tokenizer = load_checkpoint(
+        options.checkpoint, options.device, options.precision, options.tokenizer
+    )
     # Windows cannot remove a file that is still mapped into memory; the system does it later.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         dataset = _open(options, tokenizer, Path(scratch, "tokens"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,7 +24,9 @@ class Generate:
     """
 
     checkpoint: Path
-    """Checkpoint, or run folder (its last checkpoint is taken)."""
+    """Checkpoint, run folder (its last checkpoint is taken), or Hugging Face hub id."""
+    tokenizer: str | None = None
+    """bytes, a tokenizer.json, a folder that holds one, or a hub id; default: the checkpoint's."""
     prompt: tuple[str, ...] = ()
     """Texts to continue; without any, what comes from stdin; if nothing, a new document."""
     prompt_file: Path | None = None
@@ -51,7 +54,9 @@ def run(args: Sequence[str]) -> int:
     from mambakit.cli.loading import load_checkpoint
     from mambakit.generate import stream_text
 
-    model, tokenizer = load_checkpoint(options.checkpoint, options.device, options.precision)
+    model, tokenizer = load_checkpoint(
+        options.checkpoint, options.device, options.precision, options.tokenizer
+    )
     pieces = stream_text(
         model,
         tokenizer,
@@ -62,17 +67,33 @@ def run(args: Sequence[str]) -> int:
         seed=options.seed,
     )
     if len(prompts) == 1:
-        waiting = prompts[0]
+        _print_as_it_comes(prompts[0], pieces)
+        return 0
+    texts = list(prompts)
+    with _then(lambda: print("\n\n---\n\n".join(texts))):
+        for row, piece in pieces:
+            texts[row] += piece
+    return 0
+
+
+def _print_as_it_comes(prompt: str, pieces: Iterator[tuple[int, str]]) -> None:
+    """Print a prompt and its continuation; the prompt when the first piece is there."""
+    waiting = prompt
+    with _then(lambda: print(waiting)):
         for _, piece in pieces:
             print(waiting + piece, end="", flush=True)
             waiting = ""
-        print(waiting)
-        return 0
-    texts = list(prompts)
-    for row, piece in pieces:
-        texts[row] += piece
-    print("\n\n---\n\n".join(texts))
-    return 0
+
+
+@contextlib.contextmanager
+def _then(finish: Callable[[], None]) -> Iterator[None]:
+    """Finish after the body, and after a Ctrl-C in it: with what there is by then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        finish()
+        raise
+    finish()
 
 
 def _prompts(options: Generate) -> tuple[str, ...]:

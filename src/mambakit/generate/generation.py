@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from mambakit.errors import ArgumentError
+from mambakit.generate.engine import Engine
+from mambakit.generate.handle import Handle
 from mambakit.generate.options import SamplingOptions
-from mambakit.generate.sampling import sample
+from mambakit.generate.request import Output, Prompt, Request, token_ids
+from mambakit.generate.tokenizer import Tokenizer
 from mambakit.models.language_model import MambaLanguageModel
-from mambakit.models.state import ModelState
 
-Prompt = Sequence[int]
+MOST_SLOTS = 256
+"""So many prompts are continued at once; more wait until others have ended."""
+
+CHUNK = 2048
+"""Tokens of a prompt read at once. Nobody else waits, so it is what is fastest."""
+
+WORTH_CAPTURING = 64
+"""On a GPU it takes the time of about so many steps to capture the graphs of the engine."""
 
 
 def generate(
@@ -30,7 +36,8 @@ def generate(
     """Continue each prompt; the arguments are those of `stream`.
 
     Returns:
-        The continuations, without the prompts and without the stop ids.
+        The continuations, without the prompts and without the stop ids. After a Ctrl-C: what there
+        is of them.
 
     Example:
         >>> from mambakit import MambaConfig, MambaLanguageModel
@@ -39,12 +46,13 @@ def generate(
         >>> [len(tokens) for tokens in generate(model, [[1, 2, 3], [4]], greedy, max_tokens=5)]
         [5, 5]
     """
-    continuations: list[list[int]] = [[] for _ in prompts]
-    for row, token in stream(
+    requests = requests_of(
         model, prompts, options, max_tokens=max_tokens, stop_ids=stop_ids, seed=seed
-    ):
-        continuations[row].append(token)
-    return continuations
+    )
+    if not requests:
+        return []
+    engine = engine_for(model, len(requests), max_tokens)
+    return [completion.tokens for completion in engine.generate(requests)]
 
 
 def stream(
@@ -59,9 +67,9 @@ def stream(
 ) -> Iterator[tuple[int, int]]:
     """Continue each prompt, giving out every token as it comes.
 
-    Each prompt is read alone, then all are continued together; those that have ended leave the
-    batch. On the CPU a prompt is continued, token for token, as it would be alone with the same
-    seed; on an accelerator up to the rounding of sums, which may depend on the size of the batch.
+    All prompts are continued together by an `Engine`; those that have ended leave the batch. On the
+    CPU a prompt is continued, token for token, as it would be alone with the same seed; on an
+    accelerator up to the rounding of sums, which may depend on the size of the batch.
 
     Args:
         model: The model.
@@ -80,98 +88,74 @@ def stream(
     Raises:
         ArgumentError: An argument is out of range, or the logits are not finite.
     """
-    if max_tokens < 1:
-        raise ArgumentError(f"max_tokens: got {max_tokens}, wanted at least 1")
-    vocab_size = model.config.vocab_size
-    checked = [_checked(number, prompt, vocab_size) for number, prompt in enumerate(prompts)]
-    seeds = _seeds(seed, len(prompts))
-    options = options or SamplingOptions()
-    return _stream(model, checked, seeds, options, max_tokens, frozenset(stop_ids), until)
+    requests = requests_of(
+        model, prompts, options, max_tokens=max_tokens, stop_ids=stop_ids, seed=seed
+    )
+    return _tokens(model, requests, max_tokens, until)
 
 
-@dataclasses.dataclass
-class _Batch:
-    """The sequences that are still being continued."""
-
-    rows: list[int]
-    generators: list[torch.Generator]
-    logits: Tensor
-    state: ModelState
-    seen: Tensor
-
-    def select(self, places: list[int]) -> _Batch:
-        index = torch.tensor(places, device=self.logits.device)
-        return _Batch(
-            [self.rows[place] for place in places],
-            [self.generators[place] for place in places],
-            self.logits[index],
-            self.state.select(index),
-            self.seen[index],
-        )
-
-
-def _stream(
+def _tokens(
     model: MambaLanguageModel,
-    prompts: list[list[int]],
-    seeds: list[int],
-    options: SamplingOptions,
+    requests: list[Request],
     max_tokens: int,
-    stop_ids: frozenset[int],
     until: Callable[[int, int], bool] | None,
 ) -> Iterator[tuple[int, int]]:
-    if not prompts:
+    if not requests:
         return
-    batch = _read(model, prompts, seeds)
-    for count in range(1, max_tokens + 1):
-        tokens = sample(batch.logits, options, batch.generators, batch.seen)
-        going_on = []
-        for place, (row, token) in enumerate(zip(batch.rows, tokens.tolist(), strict=True)):
-            if token not in stop_ids:
-                ends = until is not None and until(row, token)
-                yield row, token
-                going_on += [] if ends else [place]
-        if not going_on or count == max_tokens:
-            return
-        if len(going_on) < len(batch.rows):
-            batch, tokens = batch.select(going_on), tokens[going_on]
-        batch.seen.scatter_(1, tokens[:, None], True)
-        batch.logits = model.step(tokens, batch.state)[:, : model.config.vocab_size]
+    engine = engine_for(model, len(requests), max_tokens)
+    handles = [engine.submit(request) for request in requests]
+    ended = [False] * len(handles)
+    for row, output in outputs_of(engine, handles):
+        if output.token is not None and not ended[row]:
+            if until is not None and until(row, output.token):
+                ended[row] = True
+                handles[row].cancel()
+            yield row, output.token
 
 
-def _read(model: MambaLanguageModel, prompts: list[list[int]], seeds: list[int]) -> _Batch:
-    device = model.backbone.embedding.weight.device
+def engine_for(
+    model: MambaLanguageModel, count: int, max_tokens: int, tokenizer: Tokenizer | None = None
+) -> Engine:
+    """An engine for so many prompts, used once."""
+    return Engine(
+        model,
+        slots=min(count, MOST_SLOTS),
+        tokenizer=tokenizer,
+        chunk=CHUNK,
+        cuda_graphs=max_tokens > WORTH_CAPTURING,
+    )
+
+
+def outputs_of(engine: Engine, handles: Sequence[Handle]) -> Iterator[tuple[int, Output]]:
+    """What comes of several requests: the number of each and its output, at most one token a step."""
+    goes_on = True
+    while goes_on:
+        goes_on = engine.step()
+        for row, handle in enumerate(handles):
+            for output in handle.poll():
+                yield row, output
+    for handle in handles:
+        handle.result()  # Raises what went wrong, if it came together with an output.
+
+
+def requests_of(
+    model: MambaLanguageModel,
+    prompts: Sequence[Prompt],
+    options: SamplingOptions | None,
+    *,
+    seed: int | Sequence[int] | None,
+    **fields: Any,
+) -> list[Request]:
+    """A request for each prompt of ids; prompt i has seed + i. `fields` are those of `Request`."""
     vocab_size = model.config.vocab_size
-    logits, states = [], []
-    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        tokens = torch.tensor([prompt], device=device)
-        seen[row, tokens[0]] = True
-        last, state = model.prefill(tokens)
-        logits.append(last[:, :vocab_size])
-        states.append(state)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    rows = list(range(len(prompts)))
-    return _Batch(rows, generators, torch.cat(logits), ModelState.cat(states), seen)
-
-
-def _checked(number: int, prompt: Prompt, vocab_size: int) -> list[int]:
-    if isinstance(prompt, (int, str)):
-        raise ArgumentError(
-            f"prompts[{number}]: got {prompt!r}, wanted a list of token ids; prompts holds lists"
-        )
-    ids = [int(token) for token in prompt]
-    if not ids:
-        raise ArgumentError(
-            f"prompts[{number}]: got no tokens, wanted at least one; "
-            "to start from nothing, give the id that separates documents"
-        )
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            raise ArgumentError(
-                f"prompts[{number}]: got id {token}, wanted 0 <= id < {vocab_size}, "
-                "the vocab_size of the model"
-            )
-    return ids
+    seeds = _seeds(seed, len(prompts))
+    ids = [token_ids(f"prompts[{row}]", prompt, vocab_size) for row, prompt in enumerate(prompts)]
+    options = options or SamplingOptions()
+    Request(prompt=[0], **fields)  # Wrong fields are refused even if there is no prompt.
+    return [
+        Request(prompt=prompt, options=options, seed=one, **fields)
+        for prompt, one in zip(ids, seeds, strict=True)
+    ]
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:

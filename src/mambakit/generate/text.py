@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 
-from mambakit.errors import ArgumentError
-from mambakit.generate.generation import stream
+from mambakit.generate.generation import engine_for, outputs_of, requests_of
 from mambakit.generate.options import SamplingOptions
-from mambakit.generate.stopping import TextStream
+from mambakit.generate.request import Request
+from mambakit.generate.tokenizer import Tokenizer, check_tokenizer
 from mambakit.models.language_model import MambaLanguageModel
-
-
-class Tokenizer(Protocol):
-    """What generation needs of a tokenizer; those of `mambakit.data` have it."""
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-
-    @property
-    def eos_id(self) -> int:
-        """Id that separates documents."""
-
-    def encode(self, text: str) -> Iterable[int]:
-        """Ids of a text."""
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Bytes of ids; those of a + b are those of a, then those of b."""
 
 
 def generate_text(
@@ -43,14 +24,14 @@ def generate_text(
     """Continue each prompt; the arguments are those of `stream_text`.
 
     Returns:
-        The continuations, without the prompts and without the stop strings.
+        The continuations, without the prompts and without the stop strings. After a Ctrl-C: what
+        there is of them.
     """
-    continuations = ["" for _ in prompts]
-    for row, text in stream_text(
-        model, tokenizer, prompts, options, max_tokens=max_tokens, stop=stop, seed=seed
-    ):
-        continuations[row] += text
-    return continuations
+    requests = _requests(model, tokenizer, prompts, options, max_tokens, stop, seed)
+    if not requests:
+        return []
+    engine = engine_for(model, len(requests), max_tokens, tokenizer)
+    return [completion.text for completion in engine.generate(requests)]
 
 
 def stream_text(
@@ -82,26 +63,31 @@ def stream_text(
     Raises:
         ArgumentError: An argument is out of range, or tokenizer and model do not belong together.
     """
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ArgumentError(
-            f"tokenizer: has {tokenizer.vocab_size} ids, wanted at most {model.config.vocab_size} "
-            "as in the model; use the one that the model was trained with"
-        )
-    texts = [TextStream(stop) for _ in prompts]
-    pieces = ["" for _ in prompts]
+    requests = _requests(model, tokenizer, prompts, options, max_tokens, stop, seed)
+    return _pieces(model, tokenizer, requests, max_tokens)
 
-    def stops(row: int, token: int) -> bool:
-        pieces[row] = texts[row].feed(tokenizer.decode_bytes([token]))
-        return texts[row].stopped
 
+def _requests(
+    model: MambaLanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    options: SamplingOptions | None,
+    max_tokens: int,
+    stop: Sequence[str],
+    seed: int | Sequence[int] | None,
+) -> list[Request]:
+    check_tokenizer(tokenizer, model.config.vocab_size)
     ids = [list(tokenizer.encode(prompt)) or [tokenizer.eos_id] for prompt in prompts]
-    tokens = stream(
-        model, ids, options,
-        max_tokens=max_tokens, stop_ids=[tokenizer.eos_id], seed=seed, until=stops,
-    )  # fmt: skip
-    for row, _ in tokens:
-        if pieces[row]:
-            yield row, pieces[row]
-    for row, text in enumerate(texts):
-        if rest := text.finish():
-            yield row, rest
+    return requests_of(model, ids, options, max_tokens=max_tokens, stop=stop, seed=seed)
+
+
+def _pieces(
+    model: MambaLanguageModel, tokenizer: Tokenizer, requests: list[Request], max_tokens: int
+) -> Iterator[tuple[int, str]]:
+    if not requests:
+        return
+    engine = engine_for(model, len(requests), max_tokens, tokenizer)
+    handles = [engine.submit(request) for request in requests]
+    for row, output in outputs_of(engine, handles):
+        if output.text:
+            yield row, output.text

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mambakit.models.checkpoint import FORMATS as FORMATS
     from mambakit.models.checkpoint import load_model as load_model
     from mambakit.models.checkpoint import read_config as read_config
     from mambakit.models.checkpoint import save_model as save_model
@@ -28,12 +29,14 @@ _EXPORTS = {
     "TransformerConfig": "mambakit.models.transformer_config",
     "TransformerLanguageModel": "mambakit.models.transformer",
     "TransformerState": "mambakit.models.transformer",
+    "FORMATS": "mambakit.models.checkpoint",
     "load_model": "mambakit.models.checkpoint",
     "preset": "mambakit.models.presets",
     "read_config": "mambakit.models.checkpoint",
     "save_model": "mambakit.models.checkpoint",
 }
 __all__ = [
+    "FORMATS",
     "PRESETS",
     "TRANSFORMER_PRESETS",
     "MambaConfig",

@@ -1,4 +1,4 @@
-"""The checkpoint format of mambakit: a folder with model.safetensors and config.json.
+"""Models to folders and back, in every format that is known; the formats are in `mambakit.models.formats`.
 
 The config is written last, so a folder that has one is complete. A tokenizer may lie beside them as
 tokenizer.json.
@@ -8,71 +8,108 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from mambakit.errors import CheckpointError, ConfigError
+from mambakit.errors import ArgumentError, CheckpointError, ConfigError
 from mambakit.files import atomic_write
 from mambakit.models.config import MambaConfig
+from mambakit.models.fit import EMBEDDING, HEAD, check_fit, joined
+from mambakit.models.formats import huggingface, mambakit, official
+from mambakit.models.formats.gguf import NAME as GGUF
+from mambakit.models.formats.gguf import write_gguf
+from mambakit.models.formats.layout import CONFIG_FILE, Layout, SavedTokenizer
+from mambakit.models.hub import locate
 from mambakit.models.language_model import MambaLanguageModel
+from mambakit.models.weights import read_tensors, weight_files, write_tensors
 
-FORMAT = "mambakit"
-VERSION = 1
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-_HEAD = "lm_head.weight"
-_EMBEDDING = "backbone.embedding.weight"
+LAYOUTS = {layout.name: layout for layout in (mambakit.LAYOUT, official.LAYOUT, huggingface.LAYOUT)}
+FORMATS = (*LAYOUTS, GGUF)
+"""Names of all formats that `save_model` writes; all but GGUF are read."""
 
 
-def save_model(model: MambaLanguageModel, folder: str | os.PathLike[str]) -> None:
+def save_model(
+    model: MambaLanguageModel,
+    folder: str | os.PathLike[str],
+    format: str = mambakit.NAME,
+    tokenizer: SavedTokenizer | None = None,
+) -> None:
     """Write weights and config; an existing checkpoint in the folder is replaced, file by file.
 
-    A tied head is not stored. Each file is written beside and renamed, the config last.
+    Each file is written beside and renamed, the config last. A tied head is not stored, except in
+    the format "official". "gguf" writes one file, model.gguf, with all in it.
+
+    Args:
+        model: The model.
+        folder: Where to; it is made if it is not there.
+        format: "mambakit", "official" (`mamba_ssm`), "huggingface" (transformers) or "gguf"
+            (llama.cpp).
+        tokenizer: Saved beside the weights; in a GGUF, within it. Default: none.
 
     Raises:
+        ArgumentError: There is no such format.
+        ConfigError: The format has no model like this one.
         MambakitError: The folder cannot be written, or the disk is full.
     """
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        del weights[_HEAD]
-    description = {"format": FORMAT, "version": VERSION, "model": model.config.to_dict()}
-    with atomic_write(Path(folder) / WEIGHTS_FILE) as path:
-        save_file(weights, path, metadata={"format": "pt"})
-    with atomic_write(Path(folder) / CONFIG_FILE) as path:
+    folder = Path(folder)
+    if format == GGUF:
+        write_gguf(model.state_dict(), model.config, folder / "model.gguf", tokenizer)
+        return
+    if format not in LAYOUTS:
+        raise ArgumentError(f"format: got {format!r}, wanted one of {', '.join(FORMATS)}")
+    layout = LAYOUTS[format]
+    eos_id = None if tokenizer is None else tokenizer.eos_id
+    description = layout.describe(model.config, eos_id)
+    weights = {layout.theirs(n): tensor.contiguous() for n, tensor in model.state_dict().items()}
+    if model.config.tie_embeddings and not layout.stores_tied_head:
+        del weights[layout.theirs(HEAD)]
+    write_tensors(weights, folder / layout.weights)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    with atomic_write(folder / CONFIG_FILE) as path:
         path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def load_model(
-    folder: str | os.PathLike[str],
+    source: str | os.PathLike[str],
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    *,
+    revision: str | None = None,
 ) -> MambaLanguageModel:
-    """Read a model that `save_model` wrote.
+    """Read a model in any of the formats but GGUF, which is recognised by its config.json.
+
+    The weights are mapped into memory and go to their device and dtype one by one, so it takes the
+    memory of the model alone. What need not be converted stays mapped: then the file must not be
+    written into (to replace it is fine).
 
     Args:
-        folder: The checkpoint.
+        source: Folder of the checkpoint, or an id of the Hugging Face hub.
         device: Where the weights go.
         dtype: Cast the weights to it (what must stay float32 does). Default: as they were saved.
+        revision: Branch, tag or commit on the hub. Default: the main branch.
 
     Raises:
-        CheckpointError: There is no checkpoint, it is damaged, does not fit its config, is from a
-            newer version, or has weights that are not finite.
+        CheckpointError: There is no checkpoint, it is damaged, of a kind that is not known here,
+            does not fit its config, holds code, or is from a newer version.
+
+    Warns:
+        UserWarning: Weights are NaN or infinite.
     """
-    config = read_config(folder)
-    path = Path(folder) / WEIGHTS_FILE
-    weights = _read_weights(path, device)
+    folder = locate(source, revision)
+    config, layout = _understand(folder)
     with torch.device("meta"):
         model = MambaLanguageModel(config)
-    if config.tie_embeddings and _EMBEDDING in weights:
-        weights[_HEAD] = weights[_EMBEDDING]
-    _check_weights(path, weights, model.state_dict())
+    files = weight_files(folder)
+    check_fit(folder, files, model, layout)
+    weights = _read(files, model, layout, torch.device(device), dtype)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
-    return model if dtype is None else model.to(dtype)
+    return model
 
 
 def read_config(folder: str | os.PathLike[str]) -> MambaConfig:
@@ -81,67 +118,78 @@ def read_config(folder: str | os.PathLike[str]) -> MambaConfig:
     Raises:
         CheckpointError: There is none, or it cannot be read or understood.
     """
-    path = Path(folder) / CONFIG_FILE
+    return _understand(Path(folder))[0]
+
+
+def _understand(folder: Path) -> tuple[MambaConfig, Layout]:
+    """The config of a checkpoint, and its format."""
+    path = folder / CONFIG_FILE
+    description = _description(path)
+    layout = next((it for it in LAYOUTS.values() if it.recognises(description)), None)
+    if layout is None:
+        kind = description.get("model_type") or description.get("format")
+        raise CheckpointError(
+            f"{path} is of another program{f' ({kind})' if kind else ''}; give a checkpoint of "
+            "mambakit, mamba_ssm, or transformers' mamba or falcon_mamba"
+        )
+    try:
+        return layout.read(description), layout
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
-            f"{folder} is not a checkpoint: it has no {CONFIG_FILE}; name a folder that has one"
+            f"{path.parent} is not a checkpoint: it has no {CONFIG_FILE}; name a folder that has one"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}; restore it from a backup"
         ) from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise CheckpointError(
-            f'{path} is of another program (it has no "format": "{FORMAT}"); '
-            "give a folder that mambakit saved"
+    if not isinstance(description, dict):
+        raise CheckpointError(f"{path} is of another program: it is no JSON object")
+    return description
+
+
+def _read(
+    files: list[Path],
+    model: MambaLanguageModel,
+    layout: Layout,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """The weights by our names, on their device and in their dtype."""
+    # What a half-precision model keeps in float32. The model has no values yet, so it may change.
+    narrowed = model.to(torch.bfloat16).state_dict()
+    wide = {name for name, tensor in narrowed.items() if tensor.dtype == torch.float32}
+    is_tied = model.config.tie_embeddings
+
+    def dtype_of(name: str, tensor: Tensor) -> torch.dtype | None:
+        ours = layout.ours(name)
+        if ours == HEAD and is_tied:
+            return None
+        target = tensor.dtype if dtype is None else dtype
+        return torch.float32 if ours in wide and target.itemsize < 4 else target
+
+    found = dict[str, Tensor]()
+    for file in files:
+        found |= read_tensors(file, device, dtype_of)
+    if not_finite := [name for name, tensor in found.items() if not _is_finite(tensor)]:
+        warnings.warn(
+            f"{files[0].parent}: NaN or infinite numbers in {joined(not_finite)}; "
+            "use an earlier checkpoint",
+            stacklevel=3,
         )
-    return _understand(path, description)
+    weights = {layout.ours(name): tensor for name, tensor in found.items()}
+    if is_tied:
+        weights[HEAD] = weights[EMBEDDING]
+    return weights
 
 
-def _understand(path: Path, description: dict[str, Any]) -> MambaConfig:
-    version = description.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        raise CheckpointError(
-            f"{path} has version {version!r}, newer than the {VERSION} known here; upgrade mambakit"
-        )
-    model = description.get("model")
-    if not isinstance(model, dict):
-        raise CheckpointError(f'{path} has no "model" entry; restore it from a backup')
-    try:
-        return MambaConfig.from_dict(model)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def _read_weights(path: Path, device: torch.device | str) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path, device=str(device))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; the checkpoint is not complete") from None
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or cut off ({error}); copy or save it again"
-        ) from error
-
-
-def _check_weights(
-    path: Path, weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
-) -> None:
-    """Raise unless the weights are those of the model, and finite."""
-    for name in wanted:
-        if name not in weights:
-            raise CheckpointError(f"{path} does not fit its {CONFIG_FILE}: it lacks {name}")
-    for name, tensor in weights.items():
-        if name not in wanted:
-            raise CheckpointError(f"{path} does not fit its {CONFIG_FILE}: {name} is unknown")
-        got, want = tuple(tensor.shape), tuple(wanted[name].shape)
-        if got != want:
-            raise CheckpointError(
-                f"{path} does not fit its {CONFIG_FILE}: {name} has shape {got}, wanted {want}"
-            )
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{path}: {name} holds NaN or infinite numbers; use an earlier checkpoint"
-            )
+def _is_finite(tensor: Tensor) -> bool:
+    # Both are NaN if one number is; torch.isfinite would need as much memory again.
+    low, high = tensor.detach().aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -71,6 +71,8 @@ class MambaConfig:
     """Bias of in_proj and out_proj."""
     norm_epsilon: float = 1e-5
     """Added to the mean square in every RMSNorm."""
+    mixer_norm_epsilon: float | None = None
+    """With it dt, B and C are each scaled to a mean square of one, as in FalconMamba; added to that."""
     tie_embeddings: bool = True
     """Whether the output head shares the weight of the embedding."""
     residual_in_fp32: bool = True
@@ -89,6 +91,8 @@ class MambaConfig:
             self._require(name, is_valid, f"an integer from {low} to {high}")
         for name in _POSITIVE_NUMBERS:
             self._require(name, _is_positive_number(getattr(self, name)), "a positive number")
+        is_valid = self.mixer_norm_epsilon is None or _is_positive_number(self.mixer_norm_epsilon)
+        self._require("mixer_norm_epsilon", is_valid, "a positive number or None")
         for name in _SWITCHES:
             self._require(name, isinstance(getattr(self, name), bool), "true or false")
         for name, choices in (("dt_init", get_args(DtInit)), ("A_init", get_args(AInit))):
@@ -145,6 +149,19 @@ class MambaConfig:
         layer = d_model + in_proj + conv + dt + A_B_C + skip + out_proj
         embeddings = self.padded_vocab_size * d_model * (1 if self.tie_embeddings else 2)
         return embeddings + self.n_layer * layer + d_model
+
+    def with_vocabulary(self, vocab_size: int) -> MambaConfig:
+        """The same sizes, of whose ids only the first `vocab_size` stand for tokens.
+
+        Raises:
+            ConfigError: The embedding has fewer rows.
+        """
+        rows = self.padded_vocab_size
+        if not 1 <= vocab_size <= rows:
+            raise ConfigError(f"model config: vocab_size is {vocab_size}, not from 1 to {rows}")
+        multiples = range(rows - vocab_size + 1, rows + 1)
+        multiple = next(number for number in multiples if rows % number == 0)
+        return dataclasses.replace(self, vocab_size=vocab_size, pad_vocab_size_multiple=multiple)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold; `from_dict` is the inverse."""

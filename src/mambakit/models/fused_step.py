@@ -50,15 +50,17 @@ def fused_step(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> 
     weights = norm_f.weight, head.weight
     eps = [*(block.norm.eps for block in blocks), norm_f.eps]
     if device.type == "cuda":
-        narrow = not config.residual_in_fp32 and dtype != torch.float32
-        if narrow or not cuda.model_step.suitable(tokens, embedding.weight, layers, weights):
+        is_narrow = not config.residual_in_fp32 and dtype != torch.float32
+        if is_narrow or config.mixer_norm_epsilon is not None:
+            return None
+        if not cuda.model_step.suitable(tokens, embedding.weight, layers, weights):
             return None
         logits: Tensor = cuda.model_step.model_step(tokens, embedding.weight, layers, *weights, eps)
         return logits
     if not on_cpu.suitable([*weights, *chain.from_iterable(layers)]):
         return None
     embedded = embedding.weight.detach().index_select(0, tokens)
-    return on_cpu.model_step(embedded, layers, *weights, eps)
+    return on_cpu.model_step(embedded, layers, *weights, eps, config.mixer_norm_epsilon)
 
 
 _KINDS = (Block, RMSNorm, MambaMixer, Linear, CausalConv1d, Linear, DtProjection, Linear)

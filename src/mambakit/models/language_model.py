@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from mambakit.nn.linear import Linear
 from mambakit.nn.mixer import MambaMixer
 from mambakit.nn.norm import RMSNorm
 from mambakit.ops import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from mambakit.models.formats.layout import SavedTokenizer
 
 
 class Backbone(nn.Module):
@@ -70,7 +74,7 @@ class Backbone(nn.Module):
 
 
 class MambaLanguageModel(nn.Module):
-    """Predicts the next token. Weights are random until `load_model` or `load_state_dict`.
+    """Predicts the next token. Weights are random; `from_pretrained` makes a model with those of a checkpoint.
 
     State-dict names equal those of the official checkpoints. Logits cover the padded vocabulary
     (V = config.padded_vocab_size); ids from config.vocab_size on stand for no token. Tokens are
@@ -201,6 +205,31 @@ class MambaLanguageModel(nn.Module):
         options = SamplingOptions(**sampling)
         return generate(self, prompts, options, max_tokens=max_tokens, stop_ids=stop_ids, seed=seed)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        revision: str | None = None,
+    ) -> MambaLanguageModel:
+        """Read a checkpoint, from a folder or the hub; see `mambakit.models.load_model`."""
+        from mambakit.models.checkpoint import load_model
+
+        return load_model(source, device, dtype, revision=revision)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        format: str = "mambakit",
+        tokenizer: SavedTokenizer | None = None,
+    ) -> None:
+        """Write a checkpoint; see `mambakit.models.save_model`."""
+        from mambakit.models.checkpoint import save_model
+
+        save_model(self, folder, format, tokenizer)
+
     def initial_state(self, batch: int) -> ModelState:
         """The state before any token, for `batch` sequences, on the device of the weights."""
         return ModelState([block.mixer.initial_state(batch) for block in self.backbone.blocks()])
@@ -290,5 +319,6 @@ def _make_block(config: MambaConfig) -> Block:
         bias=config.bias,
         selective=config.selective,
         A_init=config.A_init,
+        norm_epsilon=config.mixer_norm_epsilon,
     )
     return Block(RMSNorm(config.d_model, config.norm_epsilon), mixer, config.residual_in_fp32)

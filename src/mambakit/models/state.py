@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+import torch.export
 from torch import Tensor
 
 from mambakit.nn.state import MixerState
@@ -52,3 +53,7 @@ class ModelState:
         """Join batches of sequences into one."""
         layers = zip(*(state.layers for state in states), strict=True)
         return ModelState([MixerState.cat(layer) for layer in layers])
+
+
+# So that `torch.export` and PyTorch's trees look into it; the name is written into exported files.
+torch.export.register_dataclass(ModelState, serialized_type_name="mambakit.ModelState")

@@ -14,7 +14,7 @@ from mambakit.nn.joined_gradients import linear_beside, linear_in_halves
 from mambakit.nn.linear import DtProjection, Linear, project_to
 from mambakit.nn.recomputation import Recomputation, is_eager_autograd, is_plain
 from mambakit.nn.state import MixerState
-from mambakit.ops import selective_scan, selective_scan_step
+from mambakit.ops import rms_norm, selective_scan, selective_scan_step
 
 RECOMPUTES_ON = ("cuda",)
 """Devices where x and dt are made again in the backward. A CPU has memory, and would take 5 % more time."""
@@ -33,6 +33,8 @@ class MambaMixer(nn.Module):
     not `selective` is a parameter (D, N); without a selective "dt", a parameter `dt_bias` (D,)
     takes the place of dt_proj. With a complex A ("s4d-lin") B and C are complex too: re and im
     alternate in the 2 N outputs of x_proj, and are the last dimension of a parameter (D, N, 2).
+    With a `norm_epsilon`, each of the outputs dt, B and C of x_proj is divided by its root mean
+    square, as in FalconMamba (arXiv 2410.05355): it keeps large models stable.
 
     A_log, A_imag, B, C, D and the bias of dt stay float32 under `.to(bfloat16)` and `.half()`,
     because the recurrence is sensitive to them, and are marked with `_no_weight_decay`.
@@ -52,6 +54,7 @@ class MambaMixer(nn.Module):
         bias: Whether in_proj and out_proj have one.
         selective: Which of "dt", "B" and "C" depend on the input.
         A_init: "s4d-real", "constant", "random" or "s4d-lin"; see `a_log_init`.
+        norm_epsilon: Added to the mean squares of dt, B and C. Default: they are not normalised.
     """
 
     def __init__(
@@ -71,10 +74,12 @@ class MambaMixer(nn.Module):
         bias: bool = False,
         selective: Sequence[str] = ("dt", "B", "C"),
         A_init: str = "s4d-real",
+        norm_epsilon: float | None = None,
     ) -> None:
         super().__init__()
         self.d_inner = expand * d_model
         self.is_complex = A_init == "s4d-lin"
+        self.norm_epsilon = norm_epsilon
         rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
         numbers = 2 * d_state if self.is_complex else d_state
         sizes = {"dt": rank, "B": numbers, "C": numbers}
@@ -167,10 +172,10 @@ class MambaMixer(nn.Module):
             projected: x_proj(x), if that is there already.
             again: Learns how to make dt again.
         """
-        parts = (x, x, x)  # What is not selective is not looked at.
+        parts: tuple[Tensor, ...] = (x, x, x)  # What is not selective is not looked at.
         if self.x_proj is not None:
             projected = self.x_proj(x) if projected is None else projected
-            parts = projected.split(self._sizes, dim=-1)
+            parts = self._normalised(projected.split(self._sizes, dim=-1))
         dt = self.dt_proj(parts[0]) if self._sizes[0] else x.new_zeros(1).expand_as(x)
         if again is not None and self._sizes[0] and is_plain(self.dt_proj, DtProjection):
             again.instead_of(dt, project_to(dt.dtype), parts[0], self.dt_proj.weight)
@@ -178,6 +183,17 @@ class MambaMixer(nn.Module):
         B = self._weight(parts[1], self.B, is_step)
         C = self._weight(parts[2], self.C, is_step)
         return dt, B, C
+
+    def _normalised(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The outputs of x_proj, each scaled to a mean square of one if the mixer has such norms."""
+        if self.norm_epsilon is None:
+            return parts
+        # Not a buffer, which would be a tensor without values in a model made on the meta device.
+        ones = torch.ones(max(self._sizes), device=parts[0].device)
+        return tuple(
+            rms_norm(part, ones[:size], self.norm_epsilon) if size else part
+            for part, size in zip(parts, self._sizes, strict=True)
+        )
 
     def _weight(self, projected: Tensor, constant: Tensor | None, is_step: bool) -> Tensor:
         """B or C in the form that the scan, or its step, takes: the parameter if there is one."""

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.export
 from torch import Tensor
 
 
@@ -58,3 +59,7 @@ class MixerState:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MixerState:
         return MixerState(function(self.conv_state), function(self.ssm_state))
+
+
+# So that `torch.export` and PyTorch's trees look into it; the name is written into exported files.
+torch.export.register_dataclass(MixerState, serialized_type_name="mambakit.MixerState")

@@ -194,10 +194,14 @@ def write_toml(config: TrainConfig, path: Path) -> None:
     """Write a config as a TOML file that `read_toml` and `mambakit train --config` read back."""
     values = config.to_dict()
     model = values.pop("model")
-    lines = [f"{key} = {_toml(value)}" for key, value in values.items()]
-    lines += ["", "[model]", *(f"{key} = {_toml(value)}" for key, value in model.items())]
+    lines = [*_entries(values), "", "[model]", *_entries(model)]
     with atomic_write(path) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _entries(values: Mapping[str, Any]) -> list[str]:
+    """Lines of a table; TOML has no null, so None is what is left out."""
+    return [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
 
 
 def _toml(value: Any) -> str:

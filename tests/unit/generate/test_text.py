@@ -6,6 +6,8 @@ import torch
 from mambakit.data.tokenizer import load_tokenizer
 from mambakit.errors import ArgumentError
 from mambakit.generate import SamplingOptions, generate, generate_text, stream_text
+from mambakit.generate.randomness import key_of
+from mambakit.generate.sampling import NOT_FINITE
 from mambakit.models import MambaConfig, MambaLanguageModel
 
 BYTES = load_tokenizer("bytes")
@@ -23,12 +25,13 @@ def scripted(model, monkeypatch):
 
     def install(*texts: bytes) -> MambaLanguageModel:
         scripts = [[*text, 256, 256] for text in texts]
+        keys = [key_of(seed) for seed in range(len(texts))]
 
-        def sample(logits, options, generators, seen):
-            rows = [int(generator.initial_seed()) for generator in generators]
-            return torch.tensor([scripts[row].pop(0) for row in rows])
+        def sample(logits, rows, method, seen):
+            written = rows.integers[:, 1].tolist()
+            return torch.tensor([scripts[keys.index(key)].pop(0) for key in written])
 
-        monkeypatch.setattr("mambakit.generate.generation.sample", sample)
+        monkeypatch.setattr("mambakit.generate.decoding.sample", sample)
         return model
 
     return install
@@ -74,6 +77,18 @@ def test_no_piece_holds_a_part_of_a_stop_string_or_of_a_character(scripted):
 def test_max_tokens_counts_tokens(scripted):
     model = scripted("é€x".encode())
     assert generate_text(model, BYTES, ["a"], max_tokens=4, seed=0) == ["é�"]
+
+
+@pytest.mark.parametrize(
+    "function", [generate_text, lambda *args, **kw: list(stream_text(*args, **kw))]
+)
+def test_an_error_is_raised_after_the_text_that_was_held_back(model, monkeypatch, function):
+    tokens = [ord("S"), NOT_FINITE]
+    monkeypatch.setattr(
+        "mambakit.generate.decoding.sample", lambda *args: torch.tensor([tokens.pop(0)])
+    )
+    with pytest.raises(ArgumentError, match="logits: got NaN or infinite numbers"):
+        function(model, BYTES, ["a"], stop=["STOP"], max_tokens=2)
 
 
 def test_a_tokenizer_of_another_model(model):

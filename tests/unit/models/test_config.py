@@ -47,6 +47,19 @@ def test_derived_sizes():
     assert MambaConfig(A_init="s4d-lin").is_complex
 
 
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "multiple"),
+    [(50280, 50277, 4), (50280, 50280, 1), (56, 1, 56), (50287, 50280, 50287), (65024, 60000, 8128)],
+)  # fmt: skip
+def test_ids_that_stand_for_no_token(rows, vocab_size, multiple):
+    config = MambaConfig(vocab_size=rows, pad_vocab_size_multiple=1).with_vocabulary(vocab_size)
+    assert (config.vocab_size, config.padded_vocab_size) == (vocab_size, rows)
+    assert config.pad_vocab_size_multiple == multiple
+    for wrong in (0, rows + 1):
+        with pytest.raises(ConfigError, match=f"vocab_size is {wrong}, not from 1 to {rows}"):
+            config.with_vocabulary(wrong)
+
+
 def test_dict_round_trip_through_json():
     config = MambaConfig(d_model=64, selective=("C", "dt"), dt_rank=3, A_init="constant")
     assert config.selective == ("dt", "C")
@@ -64,6 +77,7 @@ def test_dict_round_trip_through_json():
         ({"dt_min": 0.2}, r"dt_min is 0\.2, not at most dt_max = 0\.1"),
         ({"dt_max": float("nan")}, "dt_max is nan, not a positive number"),
         ({"norm_epsilon": 0}, "norm_epsilon is 0, not a positive number"),
+        ({"mixer_norm_epsilon": 0.0}, r"mixer_norm_epsilon is 0\.0, not a positive number or None"),
         ({"dt_rank": "big"}, "dt_rank is 'big', not \"auto\" or an integer from 1 to 1536"),
         ({"dt_rank": 1537}, "dt_rank is 1537"),
         ({"bias": 1}, "bias is 1, not true or false"),

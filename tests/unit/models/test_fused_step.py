@@ -52,6 +52,8 @@ CONFIGS = {
     "odd sizes": {"d_model": 17, "d_state": 5, "d_conv": 2, "dt_rank": 3, "expand": 3},
     "no taps before, one state": {"d_conv": 1, "d_state": 1, "dt_rank": 1},
     "several tasks a phase": {"d_model": 96, "vocab_size": 1000},
+    "norms": {"mixer_norm_epsilon": 0.01, "dt_rank": 3, "d_state": 5},
+    "norms, several tasks a phase": {"mixer_norm_epsilon": 1e-6, "d_model": 96},
     "s4d constant": {"A_init": "constant", "norm_epsilon": 1e-2},
 }
 

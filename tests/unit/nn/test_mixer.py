@@ -23,6 +23,10 @@ VARIANTS = {
     "state 1, conv 2": {"d_state": 1, "d_conv": 2},
     "conv 1": {"d_conv": 1},
     "conv longer than the sequence": {"d_conv": 9},
+    "norms": {"norm_epsilon": 0.01, "dt_rank": 3},
+    "norms, only C": {"norm_epsilon": 0.01, "selective": ("C",)},
+    "norms, complex": {"norm_epsilon": 0.01, "A_init": "s4d-lin", "dt_rank": 3},
+    "norms of nothing": {"norm_epsilon": 0.01, "selective": ()},
 }
 
 
@@ -36,6 +40,11 @@ def make_mixer(**options) -> MambaMixer:
 
 def by_hand(mixer: MambaMixer, hidden: torch.Tensor) -> torch.Tensor:
     """The equations of the paper, written again, one time step after another."""
+
+    def scaled(part: torch.Tensor) -> torch.Tensor:
+        eps = mixer.norm_epsilon
+        return part if eps is None else F.rms_norm(part, part.shape[-1:], eps=eps)
+
     p = dict(mixer.named_parameters())
     batch, seqlen, _ = hidden.shape
     d_inner, d_state = p["A_log"].shape
@@ -55,7 +64,7 @@ def by_hand(mixer: MambaMixer, hidden: torch.Tensor) -> torch.Tensor:
         dt = p["dt_bias"].expand(batch, seqlen, d_inner)
     else:
         rank = p["dt_proj.weight"].shape[1]
-        dt = F.linear(rest[..., :rank], p["dt_proj.weight"], p["dt_proj.bias"])
+        dt = F.linear(scaled(rest[..., :rank]), p["dt_proj.weight"], p["dt_proj.bias"])
         rest = rest[..., rank:]
     dt = F.softplus(dt)
     weights = []
@@ -63,7 +72,7 @@ def by_hand(mixer: MambaMixer, hidden: torch.Tensor) -> torch.Tensor:
         if name in p:
             weight = p[name].expand(batch, seqlen, *p[name].shape)
         else:
-            weight, rest = rest[..., :numbers], rest[..., numbers:]
+            weight, rest = scaled(rest[..., :numbers]), rest[..., numbers:]
             weight = weight.reshape(batch, seqlen, 1, d_state, -1).squeeze(-1)
         weights.append(torch.view_as_complex(weight.contiguous()) if "A_imag" in p else weight)
     B, C = weights

@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "B and C": {"selective": ("B", "C")},
     "complex": {"A_init": "s4d-lin", "dt_rank": 3},
     "conv 1": {"d_conv": 1},
+    "norms": {"norm_epsilon": 0.01},
 }
 
 

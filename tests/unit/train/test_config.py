@@ -29,6 +29,13 @@ def test_toml_round_trip_of_every_field(tmp_path: Path) -> None:
     )
     write_toml(config, tmp_path / "config.toml")
     assert TrainConfig.from_dict(read_toml(tmp_path / "config.toml")) == config
+    assert "mixer_norm_epsilon" not in (tmp_path / "config.toml").read_text(encoding="utf-8")
+
+
+def test_toml_round_trip_of_a_field_that_may_be_left_out(tmp_path: Path) -> None:
+    config = TrainConfig(data=Path("a"), out=Path("b"), model=MambaConfig(mixer_norm_epsilon=1e-6))
+    write_toml(config, tmp_path / "config.toml")
+    assert TrainConfig.from_dict(read_toml(tmp_path / "config.toml")) == config
 
 
 def test_strings_are_paths_and_lists_are_pairs() -> None:

@@ -29,7 +29,12 @@ def suitable(tensors: Sequence[Tensor]) -> bool:
 
 
 def model_step(
-    embedded: Tensor, layers: Sequence[Layer], norm_f: Tensor, head: Tensor, eps: Sequence[float]
+    embedded: Tensor,
+    layers: Sequence[Layer],
+    norm_f: Tensor,
+    head: Tensor,
+    eps: Sequence[float],
+    mixer_eps: float | None,
 ) -> Tensor:
     """Logits, (B, V), from the embeddings of a token a sequence, (B, M); the states move on.
 
@@ -41,6 +46,7 @@ def model_step(
         norm_f: Weight of the last norm, (M,).
         head: (V, M).
         eps: Of the norm of each layer, and of the last norm.
+        mixer_eps: Of the norms of dt, B and C; None: there are none.
     """
     from mambakit.ops.cpu.kernels.model_step import PARTS, Rows, Sizes
 
@@ -66,7 +72,8 @@ def model_step(
     weights = len(layers) * layers[0].in_proj.numel() + head.numel()
     threads = torch.get_num_threads() if weights > SMALL else 1
     run(
-        _walk, threads, sizes, table, np.array(eps, np.float32), array(norm_f), array(head), rows, claimed, done,
+        _walk, threads, sizes, table, np.array(eps, np.float32),
+        None if mixer_eps is None else np.float32(mixer_eps), array(norm_f), array(head), rows, claimed, done,
     )  # fmt: skip
     increment_version([state for layer in layers for state in (layer.conv_state, layer.ssm_state)])
     return logits

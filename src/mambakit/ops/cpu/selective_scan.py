@@ -81,7 +81,7 @@ def _run_forward(
     dt_softplus: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the state before each tile in blocks (of no tiles unless `save`)."""
+    """y, the final state, and the state before each tile in blocks (no numbers unless `save`)."""
     from mambakit.ops.cpu.kernels.selective_scan import forward
 
     batch, seqlen, d_inner = x.shape
@@ -154,8 +154,10 @@ def _run_backward(
 
 
 def _saved_like(x: Tensor, A: Tensor, save: bool) -> Tensor:
+    if not save:
+        return x.new_empty(0, dtype=torch.float32)
     batch, seqlen, d_inner = x.shape
-    tiles = -(-seqlen // TILE) if save else 0
+    tiles = -(-seqlen // TILE)
     numbers = (A.shape[1], 2) if A.is_complex() else (A.shape[1],)
     shape = (batch, tiles, *cut_channels(batch, d_inner), *numbers, LANES)
     return x.new_empty(shape, dtype=torch.float32)

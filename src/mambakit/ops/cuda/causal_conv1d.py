@@ -14,11 +14,11 @@ from mambakit.ops.operators import Operator
 WARPS = 8
 """Of a block; see kernels/causal_conv1d.cuh."""
 
-NUMBERS = 16
-"""Taps of all channels that a thread has. Twice as many make accesses of 16 bytes, and were slower: fewer warps."""
+NUMBERS, BACKWARD_NUMBERS = 16, 8
+"""Taps of all channels that a thread has. Twice as many make wider accesses, and were slower: fewer warps."""
 
-RUNS = (128, 64, 32, 16)
-"""Time steps that a thread walks: the fewer, the more of them it reads twice."""
+RUNS = (256, 128, 64, 32, 16)
+"""Time steps that a thread walks: the fewer, the more of them it reads twice. The forward takes at most 128."""
 
 
 def causal_conv1d(
@@ -50,10 +50,11 @@ def _run_forward(
     if y.numel() == 0:
         return y, state.zero_() if initial_state is None else state.copy_(initial_state)
     x = readable(x)
-    along = lanes(_most(x, weight), x.shape[2], x)
-    launch, grid, inputs, length = _prepare(
-        "forward", along, x, weight, bias, initial_state, seq_idx, silu
+    along = lanes(_most(NUMBERS, x, weight), x.shape[2], x)
+    constants, grid, inputs, length = _prepare(
+        RUNS[1:], along, x, weight, bias, initial_state, seq_idx, silu
     )
+    launch = kernel("causal_conv1d_forward.cu", "causal_conv1d_forward", x.device, **constants)
     launch(grid, 32 * WARPS, *inputs, y, state, *x.shape[1:], length)
     return y, state
 
@@ -80,25 +81,29 @@ def _run_backward(
         dinitial = dinitial.zero_() if dstate is None else dinitial.copy_(dstate)
         return dx, torch.zeros_like(weight), dbias, dinitial
     x, dy = readable(x), readable(dy)
-    along = lanes(_most(x, weight), x.shape[2], x, dy)
-    launch, grid, inputs, length = _prepare(
-        "backward", along, x, weight, bias, initial_state, seq_idx, silu
+    along = lanes(_most(BACKWARD_NUMBERS, x, weight), x.shape[2], x, dy)
+    constants, grid, inputs, length = _prepare(
+        RUNS, along, x, weight, bias, initial_state, seq_idx, silu
     )
     _, columns, groups = _cut(x, along, length)
     parts = grid // columns
     assert parts == x.shape[0] * groups
-    dweight = torch.empty(parts, *weight.shape, device=x.device)
-    dbias = torch.empty(parts, x.shape[2], device=x.device)
+    dweights = torch.empty(parts, *weight.shape, device=x.device)
+    dbiases = torch.empty(parts, x.shape[2], device=x.device)
+    launch = kernel("causal_conv1d_backward.cu", "causal_conv1d_backward", x.device, **constants)
     launch(
-        grid, 32 * WARPS, *inputs, dy, *dy.stride()[:2], dstate, *_strides(dstate), dx, dinitial, dweight, dbias,
+        grid, 32 * WARPS, *inputs, dy, *dy.stride()[:2], dstate, *_strides(dstate), dx, dinitial, dweights, dbiases,
         *x.shape[1:], length,
     )  # fmt: skip
-    return (
-        dx,
-        dweight.sum(0).to(weight.dtype),
-        x.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype),
-        dinitial,
-    )
+    filters = inputs[3]
+    dweight = torch.empty(filters.shape, dtype=filters.dtype, device=x.device)
+    dbias = x.new_empty(0) if bias is None else dweight.new_empty(bias.shape)
+    add = kernel("causal_conv1d_backward.cu", "causal_conv1d_add_parts", x.device, **constants)
+    add(
+        -(-(dweight.numel() + dbias.numel()) // 256), 256,
+        dweights, dbiases, dweight, None if bias is None else dbias, parts, x.shape[2],
+    )  # fmt: skip
+    return dx, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype), dinitial
 
 
 def _fake_backward(dy, dstate, x, weight, bias, initial_state, seq_idx, silu):
@@ -143,9 +148,9 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if tensor is None else tensor.stride()
 
 
-def _most(x: Tensor, weight: Tensor) -> int:
+def _most(numbers: int, x: Tensor, weight: Tensor) -> int:
     """Channels of a thread: a power of two, so that their taps fit and an access has at most 16 bytes."""
-    fitting = max(1, NUMBERS // weight.shape[1])
+    fitting = max(1, numbers // weight.shape[1])
     return min(16 // x.element_size(), 1 << (fitting.bit_length() - 1))
 
 
@@ -156,7 +161,7 @@ def _cut(x: Tensor, along: int, length: int) -> tuple[int, int, int]:
 
 
 def _prepare(
-    name: str,
+    runs: tuple[int, ...],
     along: int,
     x: Tensor,
     weight: Tensor,
@@ -164,23 +169,21 @@ def _prepare(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     silu: bool,
-) -> tuple[Any, int, tuple[Any, ...], int]:
-    """The kernel, its grid, the arguments that both kernels begin with, and the length of a run."""
+) -> tuple[dict[str, int | str], int, tuple[Any, ...], int]:
+    """Constants and grid of a kernel, the arguments that both passes begin with, and the length of a run."""
     if bias is not None and bias.dtype != weight.dtype:
         weight, bias = weight.float(), bias.float()
     filters, bias = parameter(weight), parameter(bias)
     assert filters is not None
-    launch = kernel(
-        f"causal_conv1d_{name}.cu", f"causal_conv1d_{name}", x.device,
-        **_constants(x.dtype, filters.dtype, weight.shape[1], along, silu, None if seq_idx is None else seq_idx.dtype),
-    )  # fmt: skip
+    index = None if seq_idx is None else seq_idx.dtype
+    constants = _constants(x.dtype, filters.dtype, weight.shape[1], along, silu, index)
     enough = 4 * multiprocessors(x.device)
-    length = next((run for run in RUNS if _cut(x, along, run)[0] >= enough), 8)
+    length = next((run for run in runs if _cut(x, along, run)[0] >= enough), 8)
     inputs = (
         x, *x.stride()[:2], filters, bias, initial_state, *_strides(initial_state),
         None if seq_idx is None else seq_idx.contiguous(),
     )  # fmt: skip
-    return launch, _cut(x, along, length)[0], inputs, length
+    return constants, _cut(x, along, length)[0], inputs, length
 
 
 def _constants(
@@ -249,7 +252,8 @@ def variants() -> Variants:
             (torch.float32, 4, None),
             (torch.bfloat16, 7, None),
         ):
-            most = _most(torch.empty(0, dtype=dtype), torch.empty(0, width))
+            numbers = NUMBERS if name == "forward" else BACKWARD_NUMBERS
+            most = _most(numbers, torch.empty(0, dtype=dtype), torch.empty(0, width))
             constants = _constants(dtype, torch.float32, width, most, True, index)
             found.append((f"causal_conv1d_{name}.cu", f"causal_conv1d_{name}", constants))
     step: dict[str, int | str] = {"IO": "bfloat16", "PARAMETER": "float", "WIDTH": 4, "SILU": 1}

@@ -16,7 +16,7 @@ from mambakit.ops.cpu.kernels import causal_conv1d
 from mambakit.ops.cpu.kernels.linear import product
 from mambakit.ops.cpu.kernels.memory import count, counted, floats
 from mambakit.ops.cpu.kernels.rms_norm import normalise
-from mambakit.ops.cpu.kernels.simd import LOG2_E, any_order, exp2, kernel, sigmoid, softplus
+from mambakit.ops.cpu.kernels.simd import LOG2_E, any_order, dot, exp2, kernel, sigmoid, softplus
 
 ZERO = np.float32(0)
 
@@ -90,11 +90,31 @@ def advance(state, decays, inputs, B, C, sums):
 
 
 @register_jitable
-def scan(first, last, sizes, layer, rows):
+def normalised(steering, sizes, eps):
+    """Steering with a mean square of one in each of dt, B and C; steering itself if eps is None.
+
+    Every task does it for itself: that is a small part of its product with dt_proj, and saves a phase.
+    """
+    if eps is None:
+        return steering
+    out = np.empty_like(steering)
+    end_dt, end_B, end = sizes.dt_rank, sizes.dt_rank + sizes.d_state, steering.shape[1]
+    for b in range(steering.shape[0]):
+        for first, last in ((0, end_dt), (end_dt, end_B), (end_B, end)):
+            values = steering[b, first:last]
+            scale = np.float32(1) / np.sqrt(dot(values, values) / np.float32(last - first) + eps)
+            for i in range(first, last):
+                out[b, i] = steering[b, i] * scale
+    return out
+
+
+@register_jitable
+def scan(first, last, sizes, layer, mixer_eps, rows):
     """Dt and the scan of some channels; loops over rows, so that they become vectors."""
     batch, d_inner, d_state, dt_rank = rows.x.shape[0], sizes.d_inner, sizes.d_state, sizes.dt_rank
     width = last - first
-    product(first, last, rows.steering, floats(layer.dt_proj, (d_inner, dt_rank)), None, rows.dt)
+    steering = normalised(rows.steering, sizes, mixer_eps)
+    product(first, last, steering, floats(layer.dt_proj, (d_inner, dt_rank)), None, rows.dt)
     dt_bias, D = (
         floats(layer.dt_bias, (d_inner,))[first:last],
         floats(layer.D, (d_inner,))[first:last],
@@ -108,8 +128,8 @@ def scan(first, last, sizes, layer, rows):
     for b in range(batch):
         x, y, dt = rows.x[b, first:last], rows.y[b, first:last], rows.dt[b, first:last]
         z = rows.xz[b, d_inner + first : d_inner + last]
-        B = rows.steering[b, dt_rank : dt_rank + d_state]
-        C = rows.steering[b, dt_rank + d_state : dt_rank + 2 * d_state]
+        B = steering[b, dt_rank : dt_rank + d_state]
+        C = steering[b, dt_rank + d_state : dt_rank + 2 * d_state]
         for c in range(width):
             dt[c] = softplus(dt[c] + dt_bias[c])
         for c in range(width):
@@ -148,11 +168,12 @@ def extent(part, is_head, sizes, rows):
 
 
 @kernel
-def walk(phase, sizes, layers, eps, norm_f, head, rows, claimed, done):
+def walk(phase, sizes, layers, eps, mixer_eps, norm_f, head, rows, claimed, done):
     """Take part in the phases from `phase` on; the phase in which waiting took too long, or their number at the end.
 
     layers: for each a record of addresses, of what `mambakit.ops.cpu.model_step.Layer` names. eps: of each norm.
-    norm_f: (M,). head: (V, M). claimed, done: tasks of each phase, int64.
+    mixer_eps: of the norms of dt, B and C, or None. norm_f: (M,). head: (V, M).
+    claimed, done: tasks of each phase, int64.
     """
     phases = PARTS * sizes.layers + 2
     while phase < phases:
@@ -176,7 +197,7 @@ def walk(phase, sizes, layers, eps, norm_f, head, rows, claimed, done):
                 weight = floats(layer.x_proj, (whole, sizes.d_inner))
                 product(first, last, rows.x, weight, None, rows.steering)
             elif part == SCAN:
-                scan(first, last, sizes, layer, rows)
+                scan(first, last, sizes, layer, mixer_eps, rows)
             else:
                 weight = floats(layer.out_proj, (whole, sizes.d_inner))
                 product(first, last, rows.y, weight, None, rows.hidden)

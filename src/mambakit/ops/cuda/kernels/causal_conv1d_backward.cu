@@ -50,7 +50,7 @@ struct Gradients {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) causal_conv1d_backward(
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) causal_conv1d_backward(
     const IO* __restrict__ x, int64 x_batch, int64 x_time, const PARAMETER* __restrict__ weight,
     const PARAMETER* __restrict__ bias, const IO* __restrict__ initial, int64 initial_batch, int64 initial_channel,
     int64 initial_tap, const INDEX* __restrict__ seq_idx, const IO* __restrict__ dy, int64 dy_batch, int64 dy_time,
@@ -121,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) causal_conv1d_backwa
     }
   }
 
-  // The runs of a block, summed in the order of time; the blocks' sums are added by the caller.
+  // The runs of a block, summed in the order of time.
   __shared__ float block[WARPS][32 * LANES];
   const int64 part = blockIdx.x / ((channels / LANES + 31) / 32);
   const int64 column = place.channel - threadIdx.x % 32 * LANES + threadIdx.x;  // first channel of the block, and on
@@ -139,4 +139,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) causal_conv1d_backwa
       else dbias[part * channels + column] = sum;
     }
   }
+}
+
+// dweight and dbias, of the types of the parameters: the sums of what the blocks left, (parts, D, W) and (parts, D).
+extern "C" __global__ void causal_conv1d_add_parts(
+    const float* __restrict__ dweight_parts, const float* __restrict__ dbias_parts, PARAMETER* __restrict__ dweight,
+    PARAMETER* __restrict__ dbias, int64 parts, int64 channels) {
+  const int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x, weights = channels * WIDTH;
+  const bool is_weight = i < weights;
+  const int64 place = is_weight ? i : i - weights, size = is_weight ? weights : channels;
+  if (place >= size || (!is_weight && !dbias)) return;
+  const float* from = (is_weight ? dweight_parts : dbias_parts) + place;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int64 part = 0; part < parts; ++part) sum += from[part * size];
+  (is_weight ? dweight : dbias)[place] = from_float<PARAMETER>(sum);
 }

@@ -1,0 +1,183 @@
+"""Decoding with the engine: Mamba beside a Transformer of the same size, over the batch and over the prompt's length.
+
+    python benchmarks/decoding.py                                    # 130M, on the GPU if there is one
+    python benchmarks/decoding.py --mamba 1.4b --transformer 1.3b    # other sizes
+    python benchmarks/decoding.py --batches 1 8 --lengths 1024 4096  # parts of it
+    python benchmarks/decoding.py --json benchmarks/results/decoding-gpu.json
+
+Random weights; bfloat16 on a GPU, float32 on a CPU. A step is one token for every sequence of the batch, greedy, and
+ends when the host has it (of the step before, on a GPU). Mamba runs in `Engine`. The Transformer has read 2,048 tokens;
+its step, argmax included, is a CUDA graph on a GPU. Medians of 128 steps (32 on a CPU). The roof is the time in which
+the memory moves Mamba's weights once and its states twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu import copy_bandwidth, gpu_environment
+from mambakit.generate import Engine, Prefix, Request, SamplingOptions
+from mambakit.generate.prefix import state_bytes
+from mambakit.models import (
+    TRANSFORMER_PRESETS,
+    MambaLanguageModel,
+    TransformerLanguageModel,
+    preset,
+)
+from report import Measurement, environment, measure, print_table, save
+
+PROMPT = 2048
+GREEDY = SamplingOptions(temperature=0)
+ENDLESS = 10**9
+
+
+def mamba_steps(model: MambaLanguageModel, batch: int, steps: int) -> Measurement:
+    """Seconds of a step. What was read does not matter to it, so prompts are one token."""
+    engine = Engine(model, slots=batch)
+    handles = [
+        engine.submit(Request(prompt=[n], options=GREEDY, max_tokens=ENDLESS)) for n in range(batch)
+    ]
+    return timed(engine.step, steps, lambda: all(not handle.done for handle in handles))
+
+
+def after_prompt(model: MambaLanguageModel, length: int, steps: int) -> Measurement:
+    """Seconds of a step after a prompt of so many tokens."""
+    prompt = torch.randint(model.config.vocab_size, (length - 1,))
+    prefix = Prefix.read(model, prompt)
+    engine = Engine(model, slots=1)
+    handle = engine.submit(Request(prompt=[1], prefix=prefix, options=GREEDY, max_tokens=ENDLESS))
+    return timed(engine.step, steps, lambda: bool(handle.poll()))
+
+
+def transformer_steps(model: TransformerLanguageModel, batch: int, steps: int) -> Measurement:
+    """Seconds of a step after a prompt of `PROMPT` tokens (whose keys and values are zeros)."""
+    state = model.initial_state(batch, PROMPT + 2 * steps + 8)
+    tokens = torch.zeros(batch, dtype=torch.int64, device=state.position.device)
+
+    def step() -> None:
+        tokens.copy_(model.step(tokens, state)[:, : model.config.vocab_size].argmax(-1))
+
+    if not tokens.is_cuda:
+        state.position.fill_(PROMPT)
+        return timed(step, steps, lambda: True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    state.position.fill_(PROMPT)
+
+    def replay() -> None:
+        graph.replay()
+        tokens.tolist()
+
+    return timed(replay, steps, lambda: True)
+
+
+def timed(step: Callable[[], Any], steps: int, is_ready: Callable[[], bool]) -> Measurement:
+    """Seconds between the ends of steps, once everything is under way."""
+    while True:
+        step()
+        if is_ready():
+            break
+    step()
+    samples = []
+    last = time.perf_counter()
+    for _ in range(steps):
+        step()
+        now = time.perf_counter()
+        samples.append(now - last)
+        last = now
+    return Measurement.of(samples)
+
+
+def or_no_memory(function: Callable[[], Measurement]) -> Measurement | None:
+    """The measurement, or None if it does not fit into the GPU."""
+    try:
+        return function()
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def bandwidth(device: str) -> float:
+    """Bytes that the memory moves in a second."""
+    if device == "cuda":
+        return copy_bandwidth()
+    numbers = torch.ones(2**27)
+    return measure(numbers.sum, repeats=5).rate(numbers.nbytes).median
+
+
+def row(name: str, steps: Measurement | None, batch: int) -> dict[str, Any]:
+    """A line of the results."""
+    if steps is None:
+        return {"case": name, "failed": "out of memory"}
+    rate = batch / steps.median
+    return {"case": name, "ms": steps.median * 1e3, "spread": steps.spread, "tokens_per_s": rate}
+
+
+def cells(line: dict[str, Any]) -> list[str]:
+    """It as text."""
+    if "failed" in line:
+        return [line["case"], line["failed"], "", "", ""]
+    roof = f"{line['roof_ms']:.3f}" if "roof_ms" in line else ""
+    rate = f"{line['tokens_per_s']:,.0f}"
+    return [line["case"], f"{line['ms']:.3f}", f"±{line['spread']:.0%}", rate, roof]
+
+
+def arguments(device: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--mamba", default="130m")
+    parser.add_argument("--transformer", default="125m")
+    powers = range(9) if device == "cuda" else range(0, 9, 2)
+    parser.add_argument("--batches", type=int, nargs="*", default=[2**n for n in powers])
+    powers = range(10, 21, 2) if device == "cuda" else range(10, 15, 2)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[2**n for n in powers])
+    parser.add_argument("--commit", help="if the repository's history is not at hand")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, steps = (torch.bfloat16, 128) if device == "cuda" else (torch.float32, 32)
+    options = arguments(device)
+    torch.manual_seed(0)
+    with torch.device(device):
+        mamba = MambaLanguageModel(preset(options.mamba)).to(dtype)
+        transformer = TransformerLanguageModel(TRANSFORMER_PRESETS[options.transformer]).to(dtype)
+    weights = sum(parameter.nbytes for parameter in mamba.parameters())
+    state, speed = state_bytes(mamba.initial_state(1)), bandwidth(device)
+
+    lines = []
+    for batch in options.batches:
+        line = row(f"mamba {options.mamba}, batch {batch}", mamba_steps(mamba, batch, steps), batch)
+        lines.append({**line, "roof_ms": (weights + 2 * batch * state) / speed * 1e3})
+        steps_of = or_no_memory(lambda: transformer_steps(transformer, batch, steps))  # noqa: B023
+        lines.append(row(f"transformer {options.transformer}, batch {batch}", steps_of, batch))
+    for length in options.lengths:
+        line = row(f"mamba {options.mamba}, prompt {length}", after_prompt(mamba, length, steps), 1)
+        lines.append({**line, "roof_ms": (weights + 2 * state) / speed * 1e3})
+    header = ("", "ms/step", "spread", "tokens/s", "roof, ms")
+    print_table(f"decoding on {device}, {dtype}", header, [cells(line) for line in lines])
+    if options.json is not None:
+        known = gpu_environment(options.commit) if device == "cuda" else environment()
+        save(options.json, {"environment": known, "rows": lines})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""One token more for every sequence of a batch, on the device alone."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mambakit.generate.sampling import Method, sample
+from mambakit.generate.slots import Slots
+from mambakit.models.language_model import MambaLanguageModel
+
+
+class Chosen(NamedTuple):
+    """What a step gives: tokens, (B,), as `sample` returns them, and the logits, (B, V)."""
+
+    tokens: Tensor
+    logits: Tensor
+
+
+class Decoder:
+    """Steps through a model and samples; what is chosen is read by the next step where it lies.
+
+    On a GPU a step is one CUDA graph, captured in advance for batches of 1, 2, 4, ... sequences and
+    each `Method`. A batch in between takes the next larger graph, which works on free rows as well.
+
+    Args:
+        model: The model.
+        size: Most sequences at once.
+        graphs: Whether to capture CUDA graphs.
+
+    Attributes:
+        slots: The sequences.
+    """
+
+    def __init__(self, model: MambaLanguageModel, size: int, graphs: bool) -> None:
+        self.slots = Slots(model, size)
+        self._model = model
+        self._vocab_size = model.config.vocab_size
+        self._buckets = buckets(size)
+        self._graphs: dict[tuple[int, Method], tuple[torch.cuda.CUDAGraph, Chosen]] = {}
+        if graphs:
+            self._capture()
+
+    def first(self, row: int, logits: Tensor, method: Method) -> Chosen:
+        """Choose the first token of a sequence from the logits after its prompt, (1, V padded)."""
+        return self._choose(row, row + 1, logits, method)
+
+    def step(self, method: Method) -> Chosen:
+        """Continue all sequences; the method is the most that any of them needs."""
+        count = self.slots.taken
+        if not self._graphs:
+            return self._step(count, method)
+        bucket = next(size for size in self._buckets if size >= count)
+        graph, chosen = self._graphs[bucket, method]
+        graph.replay()
+        return Chosen(chosen.tokens[:count], chosen.logits[:count])
+
+    @torch.no_grad()
+    def _step(self, count: int, method: Method) -> Chosen:
+        logits = self._model.step(self.slots.tokens[:count], self.slots.state(count))
+        return self._choose(0, count, logits, method)
+
+    @torch.no_grad()
+    def _choose(self, first: int, last: int, logits: Tensor, method: Method) -> Chosen:
+        logits = logits[:, : self._vocab_size]
+        rows, seen = self.slots.sampling.slice(first, last), self.slots.seen[first:last]
+        tokens = sample(logits, rows, method, seen)
+        following = tokens.clamp(min=0)
+        self.slots.tokens[first:last] = following
+        rows.integers[:, 2] += 1
+        if method is not Method.GREEDY:
+            seen.scatter_(1, following[:, None], True)
+        return Chosen(tokens, logits)
+
+    def _capture(self) -> None:
+        """Record all graphs, the largest first: what it needs of memory serves the others too."""
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        pool = torch.cuda.graph_pool_handle()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for bucket in reversed(self._buckets):
+                for method in reversed(Method):
+                    self._step(bucket, method)  # What is made at first use must not be recorded.
+                    graph = torch.cuda.CUDAGraph()
+                    # Not `torch.cuda.graph`, which collects garbage each time.
+                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                    try:
+                        chosen = self._step(bucket, method)
+                    except BaseException:
+                        with contextlib.suppress(RuntimeError):  # That the capture is broken.
+                            graph.capture_end()
+                        raise
+                    graph.capture_end()
+                    self._graphs[bucket, method] = graph, chosen
+        torch.cuda.current_stream().wait_stream(side)
+
+
+def buckets(size: int) -> list[int]:
+    """Sizes of batch that graphs are captured for: powers of two, and `size` itself.
+
+    Example:
+        >>> buckets(6)
+        [1, 2, 4, 6]
+    """
+    return [*(2**power for power in range((size - 1).bit_length())), size]

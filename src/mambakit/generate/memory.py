@@ -1,0 +1,69 @@
+"""Whether as many slots as were asked for fit, and if not, how many do."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from mambakit.errors import ArgumentError
+from mambakit.generate.decoding import Decoder
+from mambakit.generate.prefix import state_bytes
+from mambakit.models.language_model import MambaLanguageModel
+
+
+def make_decoder(
+    model: MambaLanguageModel, slots: int, chunk: int, cuda_graphs: bool, device: torch.device
+) -> Decoder:
+    """Make a decoder of so many slots; on a GPU after running all it will run.
+
+    Raises:
+        ArgumentError: They do not fit into the memory.
+    """
+    needed, free = slot_bytes(model), free_memory(device)
+    if free is not None and slots * needed > free:
+        raise _refusal(slots, free // needed, device)
+    if device.type != "cuda":
+        return Decoder(model, slots, graphs=False)
+    fits = slots
+    while fits:
+        try:
+            decoder = _tried(model, fits, chunk, cuda_graphs, device)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            fits //= 2
+            continue
+        if fits == slots:
+            return decoder
+        break
+    raise _refusal(slots, fits, device)
+
+
+def slot_bytes(model: MambaLanguageModel) -> int:
+    """Bytes that a slot takes: a state, and a flag for each id of the vocabulary."""
+    return state_bytes(model.initial_state(1)) + model.config.vocab_size
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a GPU has free, or that a computer has at all; None if the system does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + unused
+    if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def _tried(
+    model: MambaLanguageModel, slots: int, chunk: int, cuda_graphs: bool, device: torch.device
+) -> Decoder:
+    model.prefill(torch.zeros(1, chunk, dtype=torch.int64, device=device), chunk=chunk)
+    return Decoder(model, slots, cuda_graphs)
+
+
+def _refusal(slots: int, fits: int, device: torch.device) -> ArgumentError:
+    return ArgumentError(
+        f"slots: got {slots}, but the memory of {device} is enough for {fits}; "
+        "take no more than that, or a smaller model or dtype"
+    )

@@ -1,0 +1,143 @@
+"""The engine on a GPU: graphs against the modules one by one, lag, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambakit.errors import ArgumentError
+from mambakit.generate import Engine, PrefixCache, Request, SamplingOptions, generate
+from mambakit.generate.randomness import key_of, uniform
+from mambakit.generate.sampling import Method, SamplingRows, sample
+from mambakit.models import MambaConfig, MambaLanguageModel
+
+pytestmark = pytest.mark.gpu
+
+GREEDY = SamplingOptions(temperature=0)
+ALL_ON = SamplingOptions(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.3)
+OPTIONS = [GREEDY, SamplingOptions(), ALL_ON]
+
+
+@pytest.fixture(scope="module")
+def model() -> MambaLanguageModel:
+    torch.manual_seed(0)
+    # 1000 ids in an embedding of 1024 rows.
+    config = MambaConfig(d_model=128, n_layer=4, vocab_size=1000, pad_vocab_size_multiple=64)
+    return MambaLanguageModel(config).cuda()
+
+
+def requests(count: int, **fields: object) -> list[Request]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 40, (count,), generator=generator).tolist()
+    return [
+        Request(
+            prompt=torch.randint(1000, (length,), generator=generator),
+            options=OPTIONS[number % 3],
+            max_tokens=5 + number % 7,
+            seed=number,
+            **fields,
+        )
+        for number, length in enumerate(lengths)
+    ]
+
+
+def test_graphs_give_what_the_cpu_gives(model):
+    """Logits of a random model are far enough apart that rounding does not change a token."""
+    found = Engine(model, slots=5, chunk=16).generate(requests(12))
+    expected = Engine(model.cpu(), slots=5, chunk=16).generate(requests(12))
+    model.cuda()
+    assert [done.tokens for done in found] == [done.tokens for done in expected]
+
+
+def test_graphs_give_what_operations_one_by_one_give(model):
+    graphs = Engine(model, slots=6).generate(requests(15, logprobs=2))
+    plain = Engine(model, slots=6, cuda_graphs=False).generate(requests(15, logprobs=2))
+    assert [done.tokens for done in graphs] == [done.tokens for done in plain]
+    for one, other in zip(graphs, plain, strict=True):
+        for output, expected in zip(one.outputs, other.outputs, strict=True):
+            assert output.logprob == pytest.approx(expected.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_again(dtype):
+    torch.manual_seed(0)
+    config = MambaConfig(d_model=128, n_layer=4, vocab_size=1000)
+    model = MambaLanguageModel(config).to("cuda", dtype)
+    engine = Engine(model, slots=4)
+    first, second = engine.generate(requests(9)), engine.generate(requests(9))
+    assert [done.tokens for done in first] == [done.tokens for done in second]
+
+
+def test_a_stop_id_ends_a_request_and_the_row_is_used_again(model):
+    engine = Engine(model, slots=1)
+    [free] = engine.generate([Request(prompt=[1, 2], max_tokens=20, seed=0)])
+    stop = free.tokens[7]
+    ending = Request(prompt=[1, 2], max_tokens=20, seed=0, stop_ids=[stop])
+    [ended, again] = engine.generate([ending, Request(prompt=[1, 2], max_tokens=20, seed=0)])
+    assert ended.tokens == free.tokens[: free.tokens.index(stop)]
+    assert again.tokens == free.tokens
+
+
+def test_streaming_cancelling_and_prefixes(model):
+    engine = Engine(model, slots=2, chunk=8, prefix_cache=PrefixCache(2**30))
+    [expected] = engine.generate([Request(prompt=[3] * 20, max_tokens=9, seed=1)])
+    endless = engine.submit(Request(prompt=[4], max_tokens=10**6))
+    with engine:
+        handle = engine.submit(Request(prompt=[3] * 20, max_tokens=9, seed=1))
+        assert [output.token for output in handle] == expected.tokens
+        assert handle.result().reused_tokens == 16
+        endless.cancel()
+        assert endless.result().finish_reason == "cancelled"
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_nothing_waits_for_the_gpu_in_a_step(model):
+    """No operation of a step synchronises; only reading the tokens does, one step late."""
+    engine = Engine(model, slots=4, cuda_graphs=False)
+    handles = [engine.submit(request) for request in requests(3)]
+    engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine._decoder.step(Method.CUT)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for handle in handles:
+        handle.cancel()
+
+
+def test_logits_that_are_not_finite(model):
+    broken = MambaLanguageModel(model.config).cuda()
+    with torch.no_grad():
+        broken.backbone.norm_f.weight[0] = float("nan")
+    with pytest.raises(ArgumentError, match="logits: got NaN or infinite numbers"):
+        generate(broken, [[1]], max_tokens=2)
+
+
+def test_as_many_slots_as_fit_are_named(model):
+    with pytest.raises(ArgumentError, match=r"the memory of cuda:0 is enough for [1-9]\d*;"):
+        Engine(model, slots=10**8)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "plain", "all"])
+def test_sampling_is_that_of_the_cpu(options):
+    logits, seen = torch.randn(64, 5000) * 3, torch.rand(64, 5000) < 0.1
+    rows = SamplingRows(
+        *(
+            torch.cat(parts)
+            for parts in zip(
+                *(SamplingRows.of(options, 5000, s, 7) for s in range(64)), strict=True
+            )
+        )
+    )
+    expected = sample(logits, rows, Method.of(options), seen)
+    on_gpu = SamplingRows(rows.reals.cuda(), rows.integers.cuda())
+    found = sample(logits.cuda(), on_gpu, Method.of(options), seen.cuda())
+    assert (
+        found.cpu() == expected
+    ).sum() >= 63  # By rounding, a number may fall on the other side.
+
+
+def test_random_numbers_are_those_of_the_cpu():
+    keys = torch.tensor([key_of(seed) for seed in range(1000)])
+    positions = torch.arange(1000) * 12345
+    assert torch.equal(uniform(keys.cuda(), positions.cuda()).cpu(), uniform(keys, positions))
