@@ -1,4 +1,4 @@
-"""Forward and backward of one op on small shapes, to be run under compute-sanitizer: `small_shapes.py NAME`.
+"""One op, forward and backward, or decoding, on small shapes, for compute-sanitizer: `small_shapes.py NAME`.
 
 The scan runs in one piece and in three.
 """
@@ -10,8 +10,26 @@ import sys
 import torch
 from examples import OPS, STEPS, call, on
 
+from mambakit.models import MambaConfig, MambaLanguageModel
+
 
 def main(name: str) -> None:
+    if name == "model_step":
+        decode()
+    else:
+        run_op(name)
+    torch.cuda.synchronize()
+
+
+def decode() -> None:
+    """Steps of a whole model, with kernels of our own for the products and without, and with odd sizes."""
+    for fields in ({"d_model": 72}, {"d_model": 17, "d_state": 5, "dt_rank": 3}):
+        model = MambaLanguageModel(MambaConfig(n_layer=2, vocab_size=301, **fields)).cuda()
+        for batch in (1, 3, 8, 9):
+            model.step(torch.arange(batch, device="cuda"), model.initial_state(batch))
+
+
+def run_op(name: str) -> None:
     op, draw = {**OPS, **STEPS}[name]
     inputs = draw()
     narrow = {
@@ -26,7 +44,6 @@ def main(name: str) -> None:
 
                 selective_scan.CHUNKS = chunks
             call(op, on("cuda", tensors, has_gradient=name in OPS))
-    torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A decoding step of a plain model in one compiled call."""
+"""A decoding step of a plain model by the kernels that do a whole step."""
 
 from __future__ import annotations
 
@@ -16,41 +16,54 @@ from mambakit.nn.mixer import MambaMixer
 from mambakit.nn.norm import RMSNorm
 from mambakit.nn.quantised_linear import QuantisedDtProjection, QuantisedEmbedding, QuantisedLinear
 from mambakit.nn.state import MixerState
-from mambakit.ops.cpu.model_step import Head, Layer, model_step, suitable
+from mambakit.ops import cuda
+from mambakit.ops.cpu import model_step as on_cpu
 from mambakit.ops.dispatch import unavailable
+from mambakit.ops.model_layer import Layer
 
 if TYPE_CHECKING:
     from mambakit.models.language_model import MambaLanguageModel
 
 
 def fused_step(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> Tensor | None:
-    """What `MambaLanguageModel.step` returns and does to the state, in one call of a kernel.
+    """What `MambaLanguageModel.step` returns and does to the state, without the modules.
 
-    None if the modules have to do it, because one of them is not the plain one (an adapter took its
-    place, a hook looks on), or the kernel has no form for the config, dtype, device or layout.
+    On the CPU that is one call of a kernel, on a GPU four kernels a layer. None if the modules
+    have to do it, because one of them is not the plain one (an adapter took its place, a hook
+    looks on), or the kernels have no form for the config, dtype, device or layout.
     """
     config, backbone = model.config, model.backbone
     has_form = config.conv_bias and not config.bias and not config.is_complex
     if not has_form or len(config.selective) < 3 or torch.compiler.is_compiling():
         return None
     embedding, norm_f, head = backbone.embedding, backbone.norm_f, model.lm_head
-    if torch.is_autocast_enabled("cpu"):
-        return None
     blocks = list(backbone.blocks())
     modules = [*map(_modules, blocks)]
     plain = [embedding, norm_f, head, *chain.from_iterable(modules)]
     ends, kinds = _KINDS if model.quantisation is None else _QUANTISED_KINDS
     if not all(map(_is_plain, plain, (*ends, *kinds * len(blocks)))):
         return None
-    if unavailable("cpu", norm_f.weight.device, norm_f.weight.dtype):
+    device, dtype = norm_f.weight.device, norm_f.weight.dtype
+    if device.type not in ("cpu", "cuda") or torch.is_autocast_enabled(device.type):
+        return None
+    if unavailable(device.type, device, dtype):
         return None
     layers = [*map(_layer, modules, state.layers)]
-    last = Head(norm_f.weight, *_matrix(head))
-    if not suitable(layers, last):
-        return None
     eps = [*(block.norm.eps for block in blocks), norm_f.eps]
+    if device.type == "cuda":
+        is_narrow = not config.residual_in_fp32 and dtype != torch.float32
+        if is_narrow or config.mixer_norm_epsilon is not None or model.quantisation is not None:
+            return None
+        weights = norm_f.weight, head.weight
+        if not cuda.model_step.suitable(tokens, embedding.weight, layers, weights):
+            return None
+        logits: Tensor = cuda.model_step.model_step(tokens, embedding.weight, layers, *weights, eps)
+        return logits
+    last = on_cpu.Head(norm_f.weight, *_matrix(head))
+    if not on_cpu.suitable(layers, last):
+        return None
     embedded = embedding(tokens).detach().to(torch.float32, copy=True)
-    return model_step(embedded, layers, last, eps, config.mixer_norm_epsilon)
+    return on_cpu.model_step(embedded, layers, last, eps, config.mixer_norm_epsilon)
 
 
 _KINDS = (
@@ -89,20 +102,28 @@ def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
 
 def _layer(modules: tuple[Any, ...], state: MixerState) -> Layer:
     """The tensors of a layer."""
-    _, norm, mixer, in_proj, conv, x_proj, dt_proj, out_proj = modules
+    _, norm, mixer, *projections, out_proj = modules
+    in_proj, conv, x_proj, dt_proj = projections
+    (w_in, s_in), (w_x, s_x), (w_dt, s_dt), (w_out, s_out) = map(
+        _matrix, (in_proj, x_proj, dt_proj, out_proj)
+    )
     return Layer(
         norm._parameters["weight"],
-        *_matrix(in_proj),
+        w_in,
         conv._parameters["weight"],
         conv._parameters["bias"],
-        *_matrix(x_proj),
-        *_matrix(dt_proj),
+        w_x,
+        w_dt,
         dt_proj._parameters["bias"],
         mixer._parameters["A_log"],
         mixer._parameters["D"],
-        *_matrix(out_proj),
+        w_out,
         state.conv_state,
         state.ssm_state,
+        s_in,
+        s_x,
+        s_dt,
+        s_out,
     )
 
 

@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 from mambakit.ops.cpu.arrays import array
 from mambakit.ops.cpu.linear import SMALL
 from mambakit.ops.cpu.threads import run
+from mambakit.ops.model_layer import Layer
 from mambakit.ops.quantisation import GROUP_SIZES
 
 NAP_SECONDS = 1e-4
@@ -25,30 +26,6 @@ NAP_SECONDS = 1e-4
 
 IN_ROWS, X_ROWS, SCAN_CHANNELS, OUT_ROWS, HEAD_ROWS = 64, 8, 64, 32, 128
 """Rows of a float32 matrix, or channels, in a task: 100 KB of weights, which take 10 microseconds."""
-
-
-class Layer(NamedTuple):
-    """The tensors of a layer: real A, everything selective, projections without biases.
-
-    A matrix is a float tensor, and its scales None, or codes and scales as in `mambakit.ops.quantisation`.
-    """
-
-    norm: Tensor
-    in_proj: Tensor
-    in_scales: Tensor | None
-    conv: Tensor
-    conv_bias: Tensor
-    x_proj: Tensor
-    x_scales: Tensor | None
-    dt_proj: Tensor
-    dt_scales: Tensor | None
-    dt_bias: Tensor
-    A_log: Tensor
-    D: Tensor
-    out_proj: Tensor
-    out_scales: Tensor | None
-    conv_state: Tensor
-    ssm_state: Tensor
 
 
 class Head(NamedTuple):
@@ -66,8 +43,21 @@ def suitable(layers: Sequence[Layer], head: Head) -> bool:
         return False
     steering = torch.int8 if scale else matrix
     exact = torch.float32
-    wanted = [small, matrix, scale, small, small, steering, scale, steering, scale]
-    wanted += [exact, exact, exact, matrix, scale, small, exact]
+    wanted = [
+        small,
+        matrix,
+        small,
+        small,
+        steering,
+        steering,
+        exact,
+        exact,
+        exact,
+        matrix,
+        small,
+        exact,
+    ]
+    wanted += [scale] * 4
     for layer in layers:
         if [None if t is None else t.dtype for t in layer] != wanted:
             return False

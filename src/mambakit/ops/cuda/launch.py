@@ -31,7 +31,12 @@ class Kernel:
         self.name = name
 
     def __call__(
-        self, grid: int | tuple[int, ...], block: int, *args: object, shared: int = 0
+        self,
+        grid: int | tuple[int, ...],
+        block: int,
+        *args: object,
+        shared: int = 0,
+        overlaps: bool = False,
     ) -> None:
         """Launch.
 
@@ -40,19 +45,22 @@ class Kernel:
             block: Threads in a block.
             args: Tensors (their address), None (the null pointer), int (`long long`), float (`float`), bool (`int`).
             shared: Bytes of dynamic shared memory.
+            overlaps: Whether it may begin while the kernel before it runs, where the GPU can do that; see
+                kernels/overlap.cuh.
         """
         if grid == 0 or (isinstance(grid, tuple) and 0 in grid):
             return
         if torch.cuda.current_device() != self._index:
             with torch.cuda.device(self._index):
-                self(grid, block, *args, shared=shared)
+                self(grid, block, *args, shared=shared, overlaps=overlaps)
             return
         if self._index not in _bound_devices():
             _bind(self._index)
         if shared > self._shared:
             self._allow(shared)
         stream = _stream(self._index, torch._C._cuda_getCurrentRawStream(self._index))
-        self._launch(stream, _config(grid, block, shared), self._function, *map(_argument, args))
+        config = _config(grid, block, shared, overlaps and _can_overlap(self._index))
+        self._launch(stream, config, self._function, *map(_argument, args))
 
     def _allow(self, shared: int) -> None:
         from cuda.bindings import driver
@@ -102,10 +110,17 @@ def _argument(value: object) -> object:
 
 
 @functools.lru_cache(maxsize=4096)
-def _config(grid: int | tuple[int, ...], block: int, shared: int) -> Any:
+def _config(grid: int | tuple[int, ...], block: int, shared: int, overlaps: bool) -> Any:
     from cuda.core import LaunchConfig
 
-    return LaunchConfig(grid=grid, block=block, shmem_size=shared)
+    return LaunchConfig(
+        grid=grid, block=block, shmem_size=shared, programmatic_stream_serialization=overlaps
+    )
+
+
+@functools.cache
+def _can_overlap(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,6 +14,7 @@ import torch
 from mambakit.ops.cuda import compiler, launch
 
 Write = Callable[..., None]
+OVERLAP = (compiler.KERNELS / "overlap.cuh").read_text(encoding="utf-8")
 SET = 'extern "C" __global__ void set(float* x, long long n, float a, int on) { if (on) x[blockIdx.x] = n * a; }'
 
 
@@ -97,6 +98,35 @@ def test_a_device_that_is_not_the_current_one(write_kernel: Write) -> None:
         compiler.kernel("a.cu", "set", x.device)(1, 1, x, 6, 0.5, True)
         assert x.item() == 3.0
         assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
+def test_a_kernel_that_overlaps_sees_what_the_one_before_wrote(write_kernel: Write) -> None:
+    """Alone and in a graph. The first one takes long, and lets the second begin at once."""
+    write_kernel(
+        '#include "overlap.cuh"\n'
+        'extern "C" __global__ void first(float* x, long long cycles) { let_next_begin(); long long start = clock64();'
+        "while (clock64() - start < cycles); x[threadIdx.x] = 3; }\n"
+        'extern "C" __global__ void second(float* x, float* y) { let_next_begin(); await_previous();'
+        "y[threadIdx.x] = x[threadIdx.x] + 1; }"
+    )
+    (compiler.KERNELS / "overlap.cuh").write_text(OVERLAP, encoding="utf-8")
+    x, y = torch.zeros(2, 32, device="cuda")
+    first, second = (compiler.kernel("a.cu", name, x.device) for name in ("first", "second"))
+
+    def both() -> None:
+        first(1, 32, x, 10_000_000)
+        second(1, 32, x, y, overlaps=True)
+
+    both()
+    assert y.tolist() == [4.0] * 32
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        both()
+    x.zero_()
+    y.zero_()
+    graph.replay()
+    assert y.tolist() == [4.0] * 32
 
 
 PROGRAM = """

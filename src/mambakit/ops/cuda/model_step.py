@@ -1,0 +1,374 @@
+"""One decoding step of a whole model on a GPU: four kernels a layer, bound by the reading of the weights.
+
+Up to `MOST_ROWS` rows, kernels of our own read every weight once and do what is between the products at their ends.
+Each begins to read its weights while the one before still runs. For more rows the products are PyTorch's (cuBLAS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from mambakit.ops.cuda.arrays import TYPES, Variants, lanes, multiprocessors
+from mambakit.ops.cuda.causal_conv1d import causal_conv1d_step
+from mambakit.ops.cuda.compiler import kernel
+from mambakit.ops.cuda.products import MOST_ROWS, plan, tile_of
+from mambakit.ops.cuda.rms_norm import add_rms_norm, rms_norm
+from mambakit.ops.model_layer import Layer
+
+THREADS = 128
+"""Of a block of the scan; see kernels/decode_scan.cu."""
+
+PROJECTED_ROWS = 2
+"""Of a block of the scan that has no projection to do: 13 microseconds on an H100 at 1.4B and 64 rows, 15 with 4, 19 with 8."""
+
+
+class Residual(NamedTuple):
+    """The residual stream of a step, with the first half of the norm that is next; see kernels/decode_norm.cuh."""
+
+    stream: Tensor
+    """(B, M), float32."""
+    scaled: Tensor
+    """Times the weight of the norm, (B, M); float32 for float16, which it could overflow."""
+    squares: Tensor
+    """Sums of squares of parts of each row, (B, parts), float32."""
+
+
+def suitable(
+    tokens: Tensor, embedding: Tensor, layers: Sequence[Layer], others: Sequence[Tensor]
+) -> bool:
+    """Whether the kernels can read all tensors where they lie.
+
+    Args:
+        tokens: (B,).
+        embedding: (V, M).
+        layers: First layer first.
+        others: The weights of the last norm and the head.
+    """
+    dtype, device = embedding.dtype, embedding.device
+    if dtype not in TYPES or tokens.device != device:
+        return False
+    for layer in layers:
+        norm, in_proj, conv, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj = layer[:10]
+        numbers = (dt_bias, A_log, D)
+        weights = (norm, in_proj, conv, conv_bias, x_proj, dt_proj, out_proj)
+        if any(t.dtype is not torch.float32 for t in (*numbers, layer.ssm_state)):
+            return False
+        if any(t.dtype is not dtype for t in (*weights, layer.conv_state)):
+            return False
+        if not all(t.is_contiguous() for t in (*weights, *numbers)):
+            return False
+        tensors = (*weights, *numbers, layer.conv_state, layer.ssm_state)
+        if any(t.device != device for t in tensors) or not _states_fit(layer):
+            return False
+    plain = (embedding, *others)
+    return all(t.dtype is dtype and t.device == device and t.is_contiguous() for t in plain)
+
+
+@torch.no_grad()
+def model_step(
+    tokens: Tensor,
+    embedding: Tensor,
+    layers: Sequence[Layer],
+    norm_f: Tensor,
+    head: Tensor,
+    eps: Sequence[float],
+) -> Tensor:
+    """Logits, (B, V), of a token a sequence, (B,); the states move on.
+
+    All tensors are `suitable`. Up to `MOST_ROWS` rows, a row does not depend on the other rows of the batch, nor on how
+    many there are. A token that is none is an error of the device.
+
+    Args:
+        tokens: (B,), int32 or int64.
+        embedding: (V, M).
+        layers: First layer first.
+        norm_f: Weight of the last norm, (M,).
+        head: (V, M).
+        eps: Of the norm of each layer, and of the last norm.
+    """
+    norms = [*(layer.norm for layer in layers), norm_f]
+    if tokens.shape[0] == 0:
+        return head.new_empty(0, head.shape[0])
+    step = _few_rows if tokens.shape[0] <= MOST_ROWS else _many_rows
+    logits = step(tokens, embedding, layers, norms, head, eps)
+    increment_version([*chain.from_iterable((la.conv_state, la.ssm_state) for la in layers)])
+    return logits
+
+
+def _few_rows(
+    tokens: Tensor,
+    embedding: Tensor,
+    layers: Sequence[Layer],
+    norms: Sequence[Tensor],
+    head: Tensor,
+    eps: Sequence[float],
+) -> Tensor:
+    # The first kernel waits for all that was before the step; the others only for one another.
+    residual = embed(tokens, embedding, norms[0])
+    for layer, norm, epsilon in zip(layers, norms[1:], eps, strict=False):
+        x, z = in_proj(layer, residual, epsilon, overlaps=True)
+        steering = x_proj(layer, x, overlaps=True)
+        y = scan(layer, x, z, steering, overlaps=True)
+        residual = out_proj(layer, y, residual, norm, overlaps=True)
+    return logits_of(head, residual, eps[-1], overlaps=True)
+
+
+def _many_rows(
+    tokens: Tensor,
+    embedding: Tensor,
+    layers: Sequence[Layer],
+    norms: Sequence[Tensor],
+    head: Tensor,
+    eps: Sequence[float],
+) -> Tensor:
+    hidden = embedding.index_select(0, tokens)
+    normed, residual = rms_norm(hidden, norms[0], eps[0]), hidden.float()
+    for layer, norm, epsilon in zip(layers, norms[1:], eps[1:], strict=True):
+        x, z = (normed @ layer.in_proj.t()).chunk(2, dim=-1)
+        x = causal_conv1d_step(layer.conv_state, x, layer.conv.squeeze(1), layer.conv_bias, "silu")
+        steering = x @ layer.x_proj.t()
+        dt = steering[:, : layer.dt_proj.shape[1]] @ layer.dt_proj.t()
+        y = scan(layer, x, z, steering, dt, overlaps=True)
+        normed, residual = add_rms_norm(y @ layer.out_proj.t(), residual, norm, epsilon)
+    return normed @ head.t()
+
+
+def embed(tokens: Tensor, embedding: Tensor, norm: Tensor) -> Residual:
+    """The residual stream before the first layer.
+
+    Args:
+        tokens: (B,).
+        embedding: (V, M).
+        norm: Weight of the first norm, (M,).
+    """
+    tokens = tokens.contiguous()
+    batch, (vocab, width) = tokens.shape[0], embedding.shape
+    residual = _residual(embedding, batch, width, parts=1)
+    launch = kernel(
+        "decode_embedding.cu", "decode_embedding", embedding.device,
+        **_types(embedding.dtype, _scaled(embedding.dtype)), TOKEN="int64" if tokens.dtype == torch.int64 else "int",
+    )  # fmt: skip
+    launch(batch, 256, tokens, embedding, vocab, norm, *residual, width)
+    return residual
+
+
+def in_proj(
+    layer: Layer, residual: Residual, eps: float, *, overlaps: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x after the convolution, whose state moves on, and z; both (B, D).
+
+    Args:
+        layer: Its tensors.
+        residual: With the weight of this layer's norm.
+        eps: Of the norm.
+        overlaps: Whether it may read weights and states while the kernel before it runs. All that wrote them must have
+            ended before that kernel began.
+    """
+    weight, scaled = layer.in_proj, residual.scaled
+    batch, width = scaled.shape
+    channels = weight.shape[0] // 2
+    x, z = weight.new_empty(2, batch, channels)
+    constants, grid, block = _product(weight, scaled)
+    launch = kernel(
+        "decode_in_proj.cu", "decode_in_proj", weight.device, **constants, TAPS=layer.conv.shape[-1]
+    )
+    launch(
+        grid, block, weight, layer.conv, layer.conv_bias, scaled, residual.squares, residual.squares.shape[1], eps,
+        layer.conv_state, *layer.conv_state.stride(), x, z, batch, channels, width, overlaps=overlaps,
+    )  # fmt: skip
+    return x, z
+
+
+def x_proj(layer: Layer, x: Tensor, *, overlaps: bool = False) -> Tensor:
+    """What steers the scan at x, (B, D): dt at low rank, B and C, (B, R + 2 N), float32; `overlaps` as in `in_proj`."""
+    weight = layer.x_proj
+    steering = torch.empty(x.shape[0], weight.shape[0], device=x.device)
+    constants, grid, block = _product(weight, x)
+    launch = kernel("decode_x_proj.cu", "decode_x_proj", x.device, **constants)
+    launch(grid, block, weight, x, steering, x.shape[0], *weight.shape, overlaps=overlaps)
+    return steering
+
+
+def scan(
+    layer: Layer,
+    x: Tensor,
+    z: Tensor,
+    steering: Tensor,
+    dt: Tensor | None = None,
+    *,
+    overlaps: bool = False,
+) -> Tensor:
+    """y, (B, D), of a step of the scan with its gate; the state moves on.
+
+    Args:
+        layer: Its tensors.
+        x: (B, D), with neighbouring channels side by side, as z.
+        z: (B, D).
+        steering: dt at low rank, B and C, (B, R + 2 N), float32 or the dtype of x.
+        dt: After its projection, (B, D), contiguous, in the dtype of x; default: the kernel projects.
+        overlaps: As in `in_proj`.
+    """
+    batch, channels = x.shape
+    y = x.new_empty(batch, channels)
+    rank, state = layer.dt_proj.shape[1], layer.ssm_state
+    constants = _scan_constants(layer, steering, batch, dt is not None)
+    tile, per_block = int(constants["BATCH"]), THREADS // int(constants["SPREAD"])
+    launch = kernel("decode_scan.cu", "decode_scan", x.device, **constants)
+    launch(
+        (-(-channels // per_block), -(-batch // tile)), THREADS, layer.dt_proj if dt is None else dt, layer.dt_bias,
+        layer.A_log, layer.D, steering, steering.stride(0), x, x.stride(0), z, z.stride(0), state, *state.stride()[:2],
+        y, batch, channels, rank, state.shape[2], overlaps=overlaps,
+    )  # fmt: skip
+    return y
+
+
+def out_proj(
+    layer: Layer, y: Tensor, residual: Residual, norm: Tensor, *, overlaps: bool = False
+) -> Residual:
+    """The residual stream, to which the layer's output is added in place.
+
+    Args:
+        layer: Its tensors.
+        y: (B, D).
+        residual: Before the layer; its stream is changed.
+        norm: Weight of the norm after the layer, (M,).
+        overlaps: As in `in_proj`.
+    """
+    weight = layer.out_proj
+    constants, grid, block = _product(weight, y)
+    after = _residual(weight, y.shape[0], weight.shape[0], parts=grid[0], stream=residual.stream)
+    launch = kernel(
+        "decode_out_proj.cu", "decode_out_proj", y.device, **constants,
+        SCALED=TYPES[after.scaled.dtype],
+    )  # fmt: skip
+    launch(grid, block, weight, norm, y, *after, y.shape[0], *weight.shape, overlaps=overlaps)
+    return after
+
+
+def logits_of(head: Tensor, residual: Residual, eps: float, *, overlaps: bool = False) -> Tensor:
+    """Logits, (B, V), of the residual stream after the last layer; arguments as in `in_proj`."""
+    batch, (vocab, width) = residual.scaled.shape[0], head.shape
+    logits = head.new_empty(batch, vocab)
+    constants, grid, block = _product(head, residual.scaled)
+    launch = kernel("decode_head.cu", "decode_head", head.device, **constants)
+    launch(
+        grid, block, head, residual.scaled, residual.squares, residual.squares.shape[1], eps, logits, batch, vocab,
+        width, overlaps=overlaps,
+    )  # fmt: skip
+    return logits
+
+
+def _residual(
+    like: Tensor, batch: int, width: int, *, parts: int, stream: Tensor | None = None
+) -> Residual:
+    if stream is None:
+        stream = torch.empty(batch, width, device=like.device)
+    scaled = like.new_empty(batch, width, dtype=_scaled(like.dtype))
+    return Residual(stream, scaled, torch.empty(batch, parts, device=like.device))
+
+
+def _scaled(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def _types(io: torch.dtype, x: torch.dtype) -> dict[str, int | str]:
+    return {"IO": TYPES[io], "X": TYPES[x]}
+
+
+def _product(weight: Tensor, x: Tensor) -> tuple[dict[str, int | str], tuple[int, int], int]:
+    """Constants, grid and threads of a block for a product with a few rows."""
+    batch, (rows, columns) = x.shape[0], weight.shape
+    along = lanes(16 // weight.element_size(), columns, weight, x)
+    layout = plan(rows, columns, along, multiprocessors(weight.device))
+    constants = {**_types(weight.dtype, x.dtype), "LANES": along, **layout.constants(batch)}
+    grid = layout.blocks(rows), -(-batch // tile_of(batch))
+    return constants, grid, 32 * int(constants["WARPS"])
+
+
+def _scan_constants(
+    layer: Layer, steering: Tensor, batch: int, is_projected: bool
+) -> dict[str, int | str]:
+    weight, rank = layer.dt_proj, layer.dt_proj.shape[1]
+    along = lanes(16 // weight.element_size(), rank, weight, steering)
+    states = _states(layer)
+    spread = _spread(layer.ssm_state.shape[2], states)
+    tile = PROJECTED_ROWS if is_projected else tile_of(batch)
+    return {
+        **_types(weight.dtype, steering.dtype),
+        **_scan_layout(states, spread, along, rank, tile),
+        "PROJECTED": int(is_projected),
+    }
+
+
+def _scan_layout(states: int, spread: int, along: int, rank: int, tile: int) -> dict[str, int]:
+    depth = max(1, min(4 if tile < MOST_ROWS else 2, -(-rank // (spread * along))))
+    return {
+        "STATES": states,
+        "SPREAD": spread,
+        "LANES": along,
+        "ROWS": 1,
+        "DEPTH": depth,
+        "BATCH": tile,
+    }
+
+
+def _states(layer: Layer) -> int:
+    """Neighbouring states of a lane."""
+    return lanes(4, layer.A_log.shape[1], layer.A_log, layer.ssm_state)
+
+
+def _spread(d_state: int, states: int) -> int:
+    """Lanes that share a channel."""
+    return 1 << (-(-d_state // states) - 1).bit_length()
+
+
+def _states_fit(layer: Layer) -> bool:
+    """Whether a warp holds the states of a channel, and reads neighbouring ones side by side."""
+    d_state = layer.ssm_state.shape[2]
+    side_by_side = layer.ssm_state.stride(2) == 1 or d_state == 1
+    return side_by_side and _spread(d_state, _states(layer)) <= 32
+
+
+def variants() -> Variants:
+    """The kernels of the released models' shapes on 132 multiprocessors, and of odd sizes."""
+    found: Variants = []
+    for d_model, batch, io in (
+        (768, 1, torch.bfloat16),
+        (2048, 2, torch.bfloat16),
+        (2560, 8, torch.bfloat16),
+        (1024, 4, torch.float16),
+        (768, 8, torch.float32),
+        (17, 4, torch.bfloat16),
+    ):
+        d_inner, rank, scaled = 2 * d_model, -(-d_model // 16), _scaled(io)
+        most = 16 // io.itemsize
+        products: dict[str, tuple[int, int, torch.dtype, dict[str, int | str]]] = {
+            "in_proj": (2 * d_inner, d_model, scaled, {"TAPS": 4}),
+            "x_proj": (rank + 32, d_inner, io, {}),
+            "out_proj": (d_model, d_inner, io, {"SCALED": TYPES[scaled]}),
+            "head": (50280, d_model, scaled, {}),
+        }
+        for name, (rows, columns, x, more) in products.items():
+            along = lanes(most, columns)
+            layout = plan(rows, columns, along, 132).constants(batch)
+            constants = {**_types(io, x), "LANES": along, **layout, **more}
+            found.append((f"decode_{name}.cu", f"decode_{name}", constants))
+        states, spread = (4, 4) if d_model > 17 else (1, 8)
+        layout = _scan_layout(states, spread, lanes(most, rank), rank, batch)
+        projected = {**_scan_layout(states, spread, 1, rank, PROJECTED_ROWS), "PROJECTED": 1}
+        found += [
+            (
+                "decode_scan.cu",
+                "decode_scan",
+                {**_types(io, torch.float32), **layout, "PROJECTED": 0},
+            ),
+            ("decode_scan.cu", "decode_scan", {**_types(io, io), **projected}),
+            ("decode_embedding.cu", "decode_embedding", {**_types(io, scaled), "TOKEN": "int64"}),
+        ]
+    return found
