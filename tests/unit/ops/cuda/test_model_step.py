@@ -1,0 +1,94 @@
+"""Which tensors the kernels of a decoding step take: a question that needs no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambakit.ops.cuda.model_step import suitable
+from mambakit.ops.model_layer import Layer
+
+BATCH, D_MODEL, D_INNER, RANK = 2, 24, 48, 2
+
+
+def make_layer(dtype: torch.dtype = torch.bfloat16, d_state: int = 16) -> Layer:
+    def half(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    return Layer(
+        norm=half(D_MODEL),
+        in_proj=half(2 * D_INNER, D_MODEL),
+        conv=half(D_INNER, 1, 4),
+        conv_bias=half(D_INNER),
+        x_proj=half(RANK + 2 * d_state, D_INNER),
+        dt_proj=half(D_INNER, RANK),
+        dt_bias=torch.zeros(D_INNER),
+        A_log=torch.zeros(D_INNER, d_state),
+        D=torch.zeros(D_INNER),
+        out_proj=half(D_MODEL, D_INNER),
+        conv_state=half(BATCH, D_INNER, 3),
+        ssm_state=torch.zeros(BATCH, D_INNER, d_state),
+    )
+
+
+def is_suitable(layer: Layer, **others: torch.Tensor) -> bool:
+    dtype = layer.in_proj.dtype
+    tensors = {
+        "tokens": torch.zeros(BATCH, dtype=torch.int64),
+        "embedding": torch.zeros(10, D_MODEL, dtype=dtype),
+        "norm_f": torch.zeros(D_MODEL, dtype=dtype),
+        "head": torch.zeros(10, D_MODEL, dtype=dtype),
+        **others,
+    }
+    tokens, embedding, *rest = tensors.values()
+    return suitable(tokens, embedding, [make_layer(dtype), layer], rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d_state", [1, 5, 16, 31, 96, 128])
+def test_plain_layers(dtype: torch.dtype, d_state: int) -> None:
+    assert is_suitable(make_layer(dtype, d_state))
+
+
+@pytest.mark.parametrize("d_state", [33, 130, 132])
+def test_states_that_a_warp_does_not_hold(d_state: int) -> None:
+    assert not is_suitable(make_layer(d_state=d_state))
+
+
+@pytest.mark.parametrize("name", Layer._fields)
+def test_another_dtype(name: str) -> None:
+    layer = make_layer()
+    other = torch.float32 if getattr(layer, name).dtype == torch.bfloat16 else torch.bfloat16
+    assert not is_suitable(layer._replace(**{name: getattr(layer, name).to(other)}))
+
+
+@pytest.mark.parametrize("name", ["in_proj", "conv", "x_proj", "dt_proj", "A_log", "out_proj"])
+def test_a_weight_that_is_a_transposed_one(name: str) -> None:
+    layer = make_layer()
+    weight = getattr(layer, name).transpose(0, -1).contiguous().transpose(0, -1)
+    assert not is_suitable(layer._replace(**{name: weight}))
+
+
+@pytest.mark.parametrize("name", ["embedding", "norm_f", "head"])
+def test_another_dtype_around_the_layers(name: str) -> None:
+    shape = (D_MODEL,) if name == "norm_f" else (10, D_MODEL)
+    assert not is_suitable(make_layer(), **{name: torch.zeros(shape)})
+
+
+def test_float64_is_none_of_theirs() -> None:
+    assert not is_suitable(make_layer(torch.float64))
+
+
+def test_states_in_a_pool() -> None:
+    """Any strides of the convolution's state; neighbouring states of the scan side by side."""
+    layer = make_layer()
+    taps_outside = layer.conv_state.transpose(1, 2).contiguous().transpose(1, 2)
+    pool = torch.zeros(7, 3, D_INNER, 16)
+    assert is_suitable(layer._replace(conv_state=taps_outside, ssm_state=pool[:BATCH, 1]))
+    states_outside = layer.ssm_state.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not is_suitable(layer._replace(ssm_state=states_outside))
+
+
+def test_tokens_elsewhere() -> None:
+    tokens = torch.zeros(BATCH, dtype=torch.int64, device="meta")
+    assert not is_suitable(make_layer(), tokens=tokens)
