@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train a model, or go on with an interrupted run",
     "generate": "continue a text with a trained model",
     "evaluate": "measure perplexity and bits per byte on a text",
+    "reproduce": "run an experiment of the paper and compare",
     "bench": "measure how fast this machine runs the kernels and a model",
     "doctor": "show what this machine can run, and why",
 }
