@@ -95,11 +95,11 @@ _QUICK = dataclasses.replace(
     lr=3e-3,
     steps=600,
     steps_per_call=1,
-    log_every=20,
+    log_every=10,
     validate_every=100,
-    validation_lengths=(32,),
+    validation_lengths=(32, 256),
     target=99.0,
-    hold=2,
+    hold=1,
     test_lengths=(32, 64, 256, 1024),
 )
 

@@ -19,10 +19,13 @@ from mambakit.reproduce.models import SequenceModel
 from mambakit.reproduce.recipe import Recipe
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ACCURACY = "accuracy.png"
 STEPS = "dt.png"
+SHOWN = 192
+"""Longest sequence that a picture of dt shows, so that single positions can be seen."""
 _KIND_COLOURS = ("tab:gray", "tab:blue", "tab:orange")
 
 
@@ -50,17 +53,18 @@ def time_steps(model: MambaLanguageModel, tokens: Tensor) -> list[Tensor]:
 
 
 def draw_steps(model: SequenceModel, task: Task, recipe: Recipe, path: Path) -> None:
-    """Draw dt over the first test sequence of the training length: which tokens are let in, which are passed over.
+    """Draw dt over a test sequence: which tokens are let in, and which are passed over.
 
-    For each layer the channels, sorted by how much more dt is at the kind of token that matters than at the rest, over
-    the positions; below, the mean over the channels, coloured by the kind of token.
+    For each layer the channels over the positions, sorted by how much larger dt is at the tokens that matter than at
+    the rest; below, its mean over the channels, coloured by the kind of token. The sequence is as long as those of the
+    training, or `SHOWN` where that is shorter.
     """
     assert isinstance(model, MambaLanguageModel)
     device = model.lm_head.weight.device
     draws = Draws(recipe.seed, TEST, torch.zeros(1, dtype=torch.int64, device=device))
-    tokens = task.make(draws, 1, recipe.seqlen).tokens[0, 0]
-    layers = [dt.cpu() for dt in time_steps(model, tokens)]
+    tokens = task.make(draws, 1, min(recipe.seqlen, SHOWN)).tokens[0, 0]
     kinds = {name: mask.cpu() for name, mask in task.kinds(tokens).items()}
+    layers = [dt.cpu() for dt in time_steps(model, tokens)]
     figure = _figure(10, 3.4 * len(layers))
     axes = figure.subplots(2 * len(layers), 1, sharex=True, height_ratios=[2, 1] * len(layers))
     for number, dt in enumerate(layers):
@@ -68,21 +72,25 @@ def draw_steps(model: SequenceModel, task: Task, recipe: Recipe, path: Path) -> 
         rest, *others = kinds.values()
         matters = torch.stack(others).any(0)
         order = (dt[matters].log().mean(0) - dt[rest].log().mean(0)).argsort(descending=True)
-        image = above.imshow(
-            dt[:, order].log10().T, aspect="auto", interpolation="nearest", cmap="viridis"
-        )
+        channels = dt[:, order].log10().T.numpy()
+        image = above.imshow(channels, aspect="auto", interpolation="nearest")
         figure.colorbar(image, ax=[above, below], label="log10 dt", fraction=0.03, pad=0.01)
         above.set_ylabel("channel, sorted")
         above.set_title(f"layer {number + 1}")
-        means = dt.mean(-1)
-        for (name, mask), colour in zip(kinds.items(), _KIND_COLOURS, strict=True):
-            places = mask.nonzero().flatten()
-            below.plot(places, means[places], "o", color=colour, markersize=3, label=name)
-        below.set_ylabel("mean dt")
-        below.grid(alpha=0.3)
-    axes[1].legend(ncols=3, fontsize="small")
+        _draw_means(below, dt.mean(-1), kinds)
+    axes[1].legend(ncols=len(kinds), fontsize="small")
     axes[-1].set_xlabel("position")
     _save(figure, path)
+
+
+def _draw_means(axes: Axes, means: Tensor, kinds: Mapping[str, Tensor]) -> None:
+    for (name, mask), colour in zip(kinds.items(), _KIND_COLOURS, strict=True):
+        places = mask.nonzero().flatten()
+        axes.plot(
+            places.numpy(), means[places].numpy(), "o", color=colour, markersize=3, label=name
+        )
+    axes.set_ylabel("mean dt")
+    axes.grid(alpha=0.3)
 
 
 def draw_accuracy(

@@ -148,18 +148,16 @@ class _Run:
         for seqlen in recipe.test_lengths:
             score = self._scores.setdefault(seqlen, Score())
             start = time.perf_counter()
-            for _ in score_sequences(self._training.model, self._task, recipe, seqlen, TEST, score):
+            parts = score_sequences(self._training.model, self._task, recipe, seqlen, TEST, score)
+            for _ in parts:
                 self._test_seconds += time.perf_counter() - start
-                start = time.perf_counter()
                 done = f"{score.accuracy:.1f} %" if score.error is None else score.error
-                tell(
-                    f"{self._name}: test at length {seqlen}: {done} of {score.sequences} sequences"
-                )
+                count = score.sequences
+                tell(f"{self._name}: test at length {seqlen}: {done} of {count} sequences")
                 if stop():
-                    break
-            if stop():
-                break
-        return all(map(self._is_whole, recipe.test_lengths))
+                    return False
+                start = time.perf_counter()
+        return True
 
     def _is_whole(self, seqlen: int) -> bool:
         score = self._scores.get(seqlen, Score())

@@ -104,17 +104,17 @@ def _contestant(block: str, layer: str, recipe: Recipe, paper: float | None) -> 
 
 _QUICK = dataclasses.replace(
     _RECIPE,
-    seqlen=48,
-    batch_size=32,
+    seqlen=64,
+    batch_size=16,
     lr=4e-3,
-    steps=800,
+    steps=600,
     steps_per_call=1,
-    log_every=20,
+    log_every=10,
     validate_every=100,
-    validation_lengths=(48,),
+    validation_lengths=(64,),
     target=99.0,
     hold=1,
-    test_lengths=(48,),
+    test_lengths=(64,),
     test_sequences=256,
 )
 
