@@ -52,7 +52,7 @@ class Reproduce:
 def run(args: Sequence[str]) -> int:
     """Run `mambakit reproduce`."""
     options = parse(Reproduce, args, "reproduce")
-    if options.max_minutes <= 0:
+    if not options.max_minutes > 0:  # Nor NaN.
         raise ArgumentError(f"--max-minutes: got {options.max_minutes:g}, wanted more than 0")
 
     from mambakit.reproduce.catalogue import EXPERIMENTS, find_experiment
@@ -114,7 +114,12 @@ def _print_table(experiment: Experiment, out: Path) -> None:
 
     from mambakit.reproduce.results import read_results, table
 
-    header, *rows = table(experiment, read_results(experiment, out))
+    rows = table(experiment, read_results(experiment, out))
+    if len(rows[0]) > len(
+        rows
+    ):  # Many lengths: one below the other, so that a terminal holds them.
+        rows = [list(column) for column in zip(*rows, strict=True)]
+    header, *rows = rows
     shown = Table(title=f"accuracy in percent; {experiment.source}")
     for number, name in enumerate(header):
         shown.add_column(name, justify="right" if number else "left")

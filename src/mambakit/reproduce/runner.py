@@ -133,14 +133,15 @@ class _Run:
     def go(self, stop: Callable[[], bool], tell: Tell) -> bool:
         """Train and test until the end or until told to stop; gives whether it is the end."""
         training, recipe = self._training, self._contestant.recipe
+        picture = self._folder / pictures.STEPS
         while not training.is_done and not stop():
             training.go_on()
             tell(f"{self._name}: {self._progress()}")
         training.save()
         is_tested = training.is_done and self._test(stop, tell)
         self._save()
-        if training.is_done and pictures.has_steps(training.model):
-            pictures.draw_steps(training.model, self._task, recipe, self._folder / pictures.STEPS)
+        if training.is_done and pictures.has_steps(training.model) and not picture.exists():
+            pictures.draw_steps(training.model, self._task, recipe, picture)
         return is_tested
 
     def _test(self, stop: Callable[[], bool], tell: Tell) -> bool:
