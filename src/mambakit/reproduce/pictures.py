@@ -56,8 +56,8 @@ def draw_steps(model: SequenceModel, task: Task, recipe: Recipe, path: Path) -> 
     """Draw dt over a test sequence: which tokens are let in, and which are passed over.
 
     For each layer the channels over the positions, sorted by how much larger dt is at the tokens that matter than at
-    the rest; below, its mean over the channels, coloured by the kind of token. The sequence is as long as those of the
-    training, or `SHOWN` where that is shorter.
+    the rest; below, its geometric mean over the channels, coloured by the kind of token. The sequence is as long as
+    those of the training, or `SHOWN` where that is shorter.
     """
     assert isinstance(model, MambaLanguageModel)
     device = model.lm_head.weight.device
@@ -77,7 +77,7 @@ def draw_steps(model: SequenceModel, task: Task, recipe: Recipe, path: Path) -> 
         figure.colorbar(image, ax=[above, below], label="log10 dt", fraction=0.03, pad=0.01)
         above.set_ylabel("channel, sorted")
         above.set_title(f"layer {number + 1}")
-        _draw_means(below, dt.mean(-1), kinds)
+        _draw_means(below, dt.log().mean(-1).exp(), kinds)
     axes[1].legend(ncols=len(kinds), fontsize="small")
     axes[-1].set_xlabel("position")
     _save(figure, path)
@@ -89,6 +89,7 @@ def _draw_means(axes: Axes, means: Tensor, kinds: Mapping[str, Tensor]) -> None:
         axes.plot(
             places.numpy(), means[places].numpy(), "o", color=colour, markersize=3, label=name
         )
+    axes.set_yscale("log")
     axes.set_ylabel("mean dt")
     axes.grid(alpha=0.3)
 
