@@ -78,7 +78,9 @@ def draw_steps(model: SequenceModel, task: Task, recipe: Recipe, path: Path) -> 
         above.set_ylabel("channel, sorted")
         above.set_title(f"layer {number + 1}")
         _draw_means(below, dt.log().mean(-1).exp(), kinds)
-    axes[1].legend(ncols=len(kinds), fontsize="small")
+    figure.legend(
+        *axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds)
+    )
     axes[-1].set_xlabel("position")
     _save(figure, path)
 
@@ -89,7 +91,6 @@ def _draw_means(axes: Axes, means: Tensor, kinds: Mapping[str, Tensor]) -> None:
         axes.plot(
             places.numpy(), means[places].numpy(), "o", color=colour, markersize=3, label=name
         )
-    axes.set_yscale("log")
     axes.set_ylabel("mean dt")
     axes.grid(alpha=0.3)
 

@@ -88,9 +88,9 @@ class Training:
         recipe = self.recipe
         calls = recipe.log_every // recipe.steps_per_call
         start = time.perf_counter()
-        total = self._advance()
-        for _ in range(calls - 1):
-            total = total + self._advance()
+        total = torch.zeros((), device=self._counter.device)
+        for _ in range(calls):
+            total += self._advance()
         self.loss = float(total) / recipe.log_every  # The one wait for the GPU.
         self.seconds += time.perf_counter() - start
         self.step += recipe.log_every
