@@ -1,15 +1,16 @@
-"""Speed of reading a prompt and of writing, 130M model with random weights, float32.
+"""Speed of reading a prompt and of writing on the CPU, 130M model with random weights, for every format of the weights.
 
-    python benchmarks/generation.py          # the tables
-    python benchmarks/generation.py --json benchmarks/results/generation-cpu.json
+    python benchmarks/generation.py --device cpu        # the tables
+    python benchmarks/generation.py --device cpu --json benchmarks/results/generation-cpu.json
 
-Also the products of a decoding step: `linear_step` beside PyTorch's, for every matrix of the model.
+Also the products of a decoding step: `linear_step` beside PyTorch's, for every matrix of the model in float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,29 @@ from typing import Any
 
 import torch
 
-from mambakit.models import MambaLanguageModel, preset
+from mambakit.models import MambaLanguageModel, Quantisation, preset, quantise
 from mambakit.ops.linear import linear_step
 from report import Measurement, environment, measure, print_table, save
 
 PROMPT, ROUNDS, STEPS = 512, 6, 12
 BATCHES = (1, 4, 8)
+FORMATS = ("float32", "bfloat16", "int8", "int4")
+"""Of the weights."""
+
+
+def in_format(model: MambaLanguageModel, name: str) -> MambaLanguageModel:
+    """A copy of the model with its weights in one of `FORMATS`."""
+    model = deepcopy(model)
+    if name.startswith("int"):
+        quantise(model, Quantisation(bits=int(name[3:])))
+        return model
+    return model.to(getattr(torch, name))
+
+
+def weight_bytes(model: MambaLanguageModel) -> int:
+    """Bytes of all weights; a tied head counts once."""
+    tensors = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
+    return sum(tensors.values())
 
 
 def reading(model: MambaLanguageModel) -> Measurement:
@@ -32,14 +50,14 @@ def reading(model: MambaLanguageModel) -> Measurement:
 
 
 def writing(model: MambaLanguageModel, batch: int) -> tuple[Measurement, Measurement]:
-    """Tokens a second over all sequences of the batch; steps a second if PyTorch summed up as many numbers as weights.
+    """Tokens a second over all sequences of the batch; steps a second if PyTorch summed up as many bytes as weights.
 
-    The sum goes at the speed of the memory. The two take turns, since on a shared machine that changes.
+    The sum, of float32, goes at the speed of the memory. The two take turns, since on a shared machine that changes.
     """
     state = model.initial_state(batch)
     tokens = torch.randint(model.config.vocab_size, (batch,))
     model.step(tokens, state)
-    numbers = torch.ones(model.num_parameters())
+    numbers = torch.ones(weight_bytes(model) // 4)
     steps, sums = [], []
     for _ in range(ROUNDS):
         time.sleep(
@@ -74,23 +92,32 @@ def products(weight: torch.Tensor, rows: int) -> tuple[Measurement, Measurement]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
     parser.add_argument("--json", type=Path)
     path = parser.parse_args().json
 
     torch.manual_seed(0)
     model = MambaLanguageModel(preset("130m"))
     results: dict[str, Any] = {"environment": environment()}
-    rate = reading(model)
-    results[f"prompt of {PROMPT}"] = asdict(rate)
-    speeds = [(f"prompt of {PROMPT}", f"{rate.median:.1f}", f"±{rate.spread:.0%}", "")]
-    for batch in BATCHES:
-        rate, roof = writing(model, batch)
-        results[f"decode, batch {batch}"] = {**asdict(rate), "memory_steps": asdict(roof)}
-        share = rate.median / batch / roof.median
-        name = f"decode, batch {batch}"
-        speeds.append((name, f"{rate.median:.1f}", f"±{rate.spread:.0%}", f"{share:.0%}"))
-    header = ("", "tokens/s", "spread", "of the memory's speed")
-    print_table("130M parameters, float32", header, speeds)
+    speeds = []
+    for name in FORMATS:
+        changed = in_format(model, name)
+        size = weight_bytes(changed)
+        found: dict[str, Any] = {"weight_bytes": size}
+        rate = reading(changed)
+        found[f"prompt of {PROMPT}"] = asdict(rate)
+        cells = [name, f"{size / 1e6:.0f}", f"{rate.median:.0f} ±{rate.spread:.0%}"]
+        for batch in BATCHES:
+            rate, roof = writing(changed, batch)
+            found[f"decode, batch {batch}"] = {**asdict(rate), "memory_steps": asdict(roof)}
+            cells.append(f"{rate.median:.1f} ±{rate.spread:.0%}")
+            if batch == 1:
+                cells.append(f"{roof.median:.0f}")
+        results[name] = found
+        speeds.append(cells)
+    batches = [f"batch {batch}" for batch in BATCHES]
+    header = ("weights", "MB", f"prompt of {PROMPT}", batches[0], "roof", *batches[1:])
+    print_table("130M parameters, tokens/s", header, speeds)
 
     table = []
     mixer = model.backbone.layers[0].mixer

@@ -174,7 +174,7 @@ def forget_tokenizer(folder: Path) -> None:
         (shutil.rmtree, "is neither a checkpoint"),
         (cut, "is damaged or cut off"),
         (widen, "got shape (264, 16), wanted (264, 24)"),
-        (edit(version=2), "has version 2"),
+        (edit(version=3), "has version 3"),
         (edit(format="other"), "is of another program"),
         (forget_tokenizer, "has no tokenizer.json"),
     ],

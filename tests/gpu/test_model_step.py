@@ -67,7 +67,7 @@ def make_layer(
 
 
 def wide(layer: Layer) -> Layer:
-    return Layer(*(tensor.double() for tensor in layer))
+    return Layer(*(tensor.double() for tensor in layer if tensor is not None))
 
 
 def assert_accurate(
@@ -158,6 +158,34 @@ def test_scan(sizes: dict, dtype: torch.dtype, batch: int, steering: str) -> Non
     expected = reference(layer, x, z, steers)
     exact = reference(wide(layer), x.double(), z.double(), steers.double())
     y = model_step.scan(layer, x, z, steers)
+    assert_accurate([y, layer.ssm_state], expected, exact)
+
+
+@pytest.mark.parametrize("batch", [1, 9, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_scan_after_the_projection_of_dt(sizes: dict, dtype: torch.dtype, batch: int) -> None:
+    layer = make_layer(dtype, batch, **sizes)
+    rank, d_state = layer.dt_proj.shape[1], layer.A_log.shape[1]
+    x, z = torch.randn(batch, 4 * sizes["d_model"], device=DEVICE).to(dtype).chunk(2, dim=1)
+    dt, steers = (
+        torch.randn_like(x),
+        torch.randn(batch, rank + 2 * d_state, device=DEVICE).to(dtype),
+    )
+
+    def reference(layer: Layer, *tensors: Tensor) -> list[Tensor]:
+        x, z, steers, dt = tensors
+        _, B, C = steers.split([rank, d_state, d_state], dim=1)
+        state = layer.ssm_state.clone()
+        y = ops.selective_scan_step(
+            state, x, dt, -layer.A_log.exp(), B, C, layer.D, z, layer.dt_bias, True, backend="reference"
+        )  # fmt: skip
+        return [y, state]
+
+    inputs = (x, z, steers, dt)
+    expected = reference(layer, *inputs)
+    exact = reference(wide(layer), *(tensor.double() for tensor in inputs))
+    y = model_step.scan(layer, *inputs)
     assert_accurate([y, layer.ssm_state], expected, exact)
 
 

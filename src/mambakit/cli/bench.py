@@ -122,7 +122,7 @@ def _scan(device: torch.device) -> Iterator[tuple[str, ...]]:
 def _model_rates(
     model: MambaLanguageModel, seqlen: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[str]:
-    """Tokens per second of training, of reading a prompt and of writing."""
+    """Tokens per second of training (a quantised model is not trained), of reading a prompt and of writing."""
     import torch
 
     tokens = torch.randint(model.config.vocab_size, (1, seqlen), device=device)
@@ -135,7 +135,7 @@ def _model_rates(
         optimizer.step()
         optimizer.zero_grad()
 
-    yield f"{seqlen / _seconds(train, device):,.1f}"
+    yield "-" if model.quantisation else f"{seqlen / _seconds(train, device):,.1f}"
     reader = copy.deepcopy(model).to(dtype)
     _, state = reader.prefill(tokens)
     yield f"{seqlen / _seconds(partial(reader.prefill, tokens), device):,.1f}"

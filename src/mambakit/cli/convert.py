@@ -52,7 +52,11 @@ def run(args: Sequence[str]) -> int:
     if tokenizer is not None:
         leave_out_padding(model, tokenizer)
     model.save_pretrained(options.out, options.format, tokenizer)
-    precision = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    precision = (
+        str(model.backbone.norm_f.weight.dtype).removeprefix("torch.")
+        if model.quantisation is None
+        else f"{model.quantisation.bits} bits"
+    )
     print(
         f"{model.config.num_parameters():,} parameters in {precision}, "
         f"{'with' if tokenizer else 'without a'} tokenizer, format {options.format}, in {options.out}"

@@ -11,7 +11,6 @@ from mambakit.errors import CheckpointError
 from mambakit.models.checkpoint import load_model
 from mambakit.models.hub import locate
 from mambakit.models.language_model import MambaLanguageModel
-from mambakit.ops.cpu.features import check_bfloat16
 from mambakit.train.checkpointing import find_model
 from mambakit.train.distributed import find_device
 
@@ -29,11 +28,8 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: There is no checkpoint, it cannot be used, or it has no tokenizer.
-        ConfigError: The precision is hopelessly slow on the device.
     """
     place = find_device(device)
-    if precision == "bfloat16":
-        check_bfloat16(place)
     folder = find_checkpoint(source)
     found = find_tokenizer(folder, tokenizer)
     if found is None:

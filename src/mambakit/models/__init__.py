@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mambakit.models.language_model import MambaLanguageModel as MambaLanguageModel
     from mambakit.models.presets import PRESETS as PRESETS
     from mambakit.models.presets import preset as preset
+    from mambakit.models.quantisation import Quantisation as Quantisation
+    from mambakit.models.quantisation import quantise as quantise
     from mambakit.models.state import ModelState as ModelState
     from mambakit.models.transformer import TransformerLanguageModel as TransformerLanguageModel
     from mambakit.models.transformer import TransformerState as TransformerState
@@ -25,6 +27,7 @@ _EXPORTS = {
     "MambaLanguageModel": "mambakit.models.language_model",
     "ModelState": "mambakit.models.state",
     "PRESETS": "mambakit.models.presets",
+    "Quantisation": "mambakit.models.quantisation",
     "TRANSFORMER_PRESETS": "mambakit.models.transformer_config",
     "TransformerConfig": "mambakit.models.transformer_config",
     "TransformerLanguageModel": "mambakit.models.transformer",
@@ -32,6 +35,7 @@ _EXPORTS = {
     "FORMATS": "mambakit.models.checkpoint",
     "load_model": "mambakit.models.checkpoint",
     "preset": "mambakit.models.presets",
+    "quantise": "mambakit.models.quantisation",
     "read_config": "mambakit.models.checkpoint",
     "save_model": "mambakit.models.checkpoint",
 }
@@ -42,11 +46,13 @@ __all__ = [
     "MambaConfig",
     "MambaLanguageModel",
     "ModelState",
+    "Quantisation",
     "TransformerConfig",
     "TransformerLanguageModel",
     "TransformerState",
     "load_model",
     "preset",
+    "quantise",
     "read_config",
     "save_model",
 ]

@@ -18,14 +18,16 @@ from torch import Tensor
 from mambakit.errors import ArgumentError, CheckpointError, ConfigError
 from mambakit.files import atomic_write
 from mambakit.models.config import MambaConfig
-from mambakit.models.fit import EMBEDDING, HEAD, check_fit, joined
+from mambakit.models.fit import check_fit, joined, tied_head
 from mambakit.models.formats import huggingface, mambakit, official
 from mambakit.models.formats.gguf import NAME as GGUF
 from mambakit.models.formats.gguf import write_gguf
 from mambakit.models.formats.layout import CONFIG_FILE, Layout, SavedTokenizer
 from mambakit.models.hub import locate
 from mambakit.models.language_model import MambaLanguageModel
+from mambakit.models.quantisation import Quantisation, quantise
 from mambakit.models.weights import read_tensors, weight_files, write_tensors
+from mambakit.nn.quantised_linear import QuantisedEmbedding
 
 LAYOUTS = {layout.name: layout for layout in (mambakit.LAYOUT, official.LAYOUT, huggingface.LAYOUT)}
 FORMATS = (*LAYOUTS, GGUF)
@@ -51,22 +53,32 @@ def save_model(
         tokenizer: Saved beside the weights; in a GGUF, within it. Default: none.
 
     Raises:
-        ArgumentError: There is no such format.
+        ArgumentError: There is no such format, or the model is quantised and it is not "mambakit".
         ConfigError: The format has no model like this one.
         MambakitError: The folder cannot be written, or the disk is full.
     """
     folder = Path(folder)
+    if format not in FORMATS:
+        raise ArgumentError(f"format: got {format!r}, wanted one of {', '.join(FORMATS)}")
+    if model.quantisation is not None and format != mambakit.NAME:
+        raise ArgumentError(
+            f"format: got {format!r}, but the model is quantised, wanted {mambakit.NAME!r}; "
+            "save the float model it came from"
+        )
     if format == GGUF:
         write_gguf(model.state_dict(), model.config, folder / "model.gguf", tokenizer)
         return
-    if format not in LAYOUTS:
-        raise ArgumentError(f"format: got {format!r}, wanted one of {', '.join(FORMATS)}")
     layout = LAYOUTS[format]
     eos_id = None if tokenizer is None else tokenizer.eos_id
     description = layout.describe(model.config, eos_id)
-    weights = {layout.theirs(n): tensor.contiguous() for n, tensor in model.state_dict().items()}
-    if model.config.tie_embeddings and not layout.stores_tied_head:
-        del weights[layout.theirs(HEAD)]
+    if model.quantisation is not None:
+        description = mambakit.describe_quantised(description, model.quantisation.to_dict())
+    left_out = () if layout.stores_tied_head else tied_head(model)
+    weights = {
+        layout.theirs(name): tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in left_out
+    }
     write_tensors(weights, folder / layout.weights)
     if tokenizer is not None:
         tokenizer.save(folder)
@@ -90,7 +102,8 @@ def load_model(
     Args:
         source: Folder of the checkpoint, or an id of the Hugging Face hub.
         device: Where the weights go.
-        dtype: Cast the weights to it (what must stay float32 does). Default: as they were saved.
+        dtype: Cast the weights to it (what must stay float32 does, and so do codes and their
+            scales). Default: as they were saved.
         revision: Branch, tag or commit on the hub. Default: the main branch.
 
     Raises:
@@ -101,14 +114,19 @@ def load_model(
         UserWarning: Weights are NaN or infinite.
     """
     folder = locate(source, revision)
-    config, layout = _understand(folder)
+    config, quantisation, layout = _understand(folder)
     with torch.device("meta"):
         model = MambaLanguageModel(config)
+        if quantisation is not None:
+            quantise(model, quantisation)
     files = weight_files(folder)
     check_fit(folder, files, model, layout)
     weights = _read(files, model, layout, torch.device(device), dtype)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
+    embedding: Any = model.backbone.embedding
+    if isinstance(embedding, QuantisedEmbedding):
+        embedding.dtype = model.backbone.norm_f.weight.dtype
     return model
 
 
@@ -121,8 +139,17 @@ def read_config(folder: str | os.PathLike[str]) -> MambaConfig:
     return _understand(Path(folder))[0]
 
 
-def _understand(folder: Path) -> tuple[MambaConfig, Layout]:
-    """The config of a checkpoint, and its format."""
+def read_quantisation(folder: str | os.PathLike[str]) -> Quantisation | None:
+    """How the weights of a checkpoint are quantised; None if they are floats.
+
+    Raises:
+        CheckpointError: As `read_config`.
+    """
+    return _understand(Path(folder))[1]
+
+
+def _understand(folder: Path) -> tuple[MambaConfig, Quantisation | None, Layout]:
+    """The config of a checkpoint, how it is quantised, and its format."""
     path = folder / CONFIG_FILE
     description = _description(path)
     layout = next((it for it in LAYOUTS.values() if it.recognises(description)), None)
@@ -133,7 +160,9 @@ def _understand(folder: Path) -> tuple[MambaConfig, Layout]:
             "mambakit, mamba_ssm, or transformers' mamba or falcon_mamba"
         )
     try:
-        return layout.read(description), layout
+        config = layout.read(description)
+        fields = mambakit.read_quantisation(description) if layout is mambakit.LAYOUT else None
+        return config, None if fields is None else Quantisation.from_dict(fields), layout
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -165,12 +194,15 @@ def _read(
     # What a half-precision model keeps in float32. The model has no values yet, so it may change.
     narrowed = model.to(torch.bfloat16).state_dict()
     wide = {name for name, tensor in narrowed.items() if tensor.dtype == torch.float32}
-    is_tied = model.config.tie_embeddings
+    codes_and_scales = {name for name, _ in model.named_buffers()}
+    tied = tied_head(model)
 
     def dtype_of(name: str, tensor: Tensor) -> torch.dtype | None:
         ours = layout.ours(name)
-        if ours == HEAD and is_tied:
+        if ours in tied:
             return None
+        if ours in codes_and_scales:
+            return tensor.dtype
         target = tensor.dtype if dtype is None else dtype
         return torch.float32 if ours in wide and target.itemsize < 4 else target
 
@@ -184,9 +216,7 @@ def _read(
             stacklevel=3,
         )
     weights = {layout.ours(name): tensor for name, tensor in found.items()}
-    if is_tied:
-        weights[HEAD] = weights[EMBEDDING]
-    return weights
+    return weights | {head: weights[name] for head, name in tied.items()}
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -14,6 +14,7 @@ from mambakit.nn.conv import CausalConv1d
 from mambakit.nn.linear import DtProjection, Linear
 from mambakit.nn.mixer import MambaMixer
 from mambakit.nn.norm import RMSNorm
+from mambakit.nn.quantised_linear import QuantisedDtProjection, QuantisedEmbedding, QuantisedLinear
 from mambakit.nn.state import MixerState
 from mambakit.ops import cuda
 from mambakit.ops.cpu import model_step as on_cpu
@@ -39,35 +40,48 @@ def fused_step(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> 
     blocks = list(backbone.blocks())
     modules = [*map(_modules, blocks)]
     plain = [embedding, norm_f, head, *chain.from_iterable(modules)]
-    if not all(map(_is_plain, plain, (nn.Embedding, RMSNorm, Linear, *_KINDS * len(blocks)))):
+    ends, kinds = _KINDS if model.quantisation is None else _QUANTISED_KINDS
+    if not all(map(_is_plain, plain, (*ends, *kinds * len(blocks)))):
         return None
-    device, dtype = head.weight.device, head.weight.dtype
+    device, dtype = norm_f.weight.device, norm_f.weight.dtype
     if device.type not in ("cpu", "cuda") or torch.is_autocast_enabled(device.type):
         return None
     if unavailable(device.type, device, dtype):
         return None
     layers = [*map(_layer, modules, state.layers)]
-    weights = norm_f.weight, head.weight
     eps = [*(block.norm.eps for block in blocks), norm_f.eps]
     if device.type == "cuda":
         is_narrow = not config.residual_in_fp32 and dtype != torch.float32
-        if is_narrow or config.mixer_norm_epsilon is not None:
+        if is_narrow or config.mixer_norm_epsilon is not None or model.quantisation is not None:
             return None
+        weights = norm_f.weight, head.weight
         if not cuda.model_step.suitable(tokens, embedding.weight, layers, weights):
             return None
         logits: Tensor = cuda.model_step.model_step(tokens, embedding.weight, layers, *weights, eps)
         return logits
-    if not on_cpu.suitable([*weights, *chain.from_iterable(layers)]):
+    last = on_cpu.Head(norm_f.weight, *_matrix(head))
+    if not on_cpu.suitable(layers, last):
         return None
-    embedded = embedding.weight.detach().index_select(0, tokens)
-    return on_cpu.model_step(embedded, layers, *weights, eps, config.mixer_norm_epsilon)
+    embedded = embedding(tokens).detach().to(torch.float32, copy=True)
+    return on_cpu.model_step(embedded, layers, last, eps, config.mixer_norm_epsilon)
 
 
-_KINDS = (Block, RMSNorm, MambaMixer, Linear, CausalConv1d, Linear, DtProjection, Linear)
+_KINDS = (
+    (nn.Embedding, RMSNorm, Linear),
+    (Block, RMSNorm, MambaMixer, Linear, CausalConv1d, Linear, DtProjection, Linear),
+)
+_QUANTISED_KINDS = (
+    (QuantisedEmbedding, RMSNorm, QuantisedLinear),
+    (
+        Block, RMSNorm, MambaMixer, QuantisedLinear, CausalConv1d, QuantisedLinear,
+        QuantisedDtProjection, QuantisedLinear,
+    ),
+)  # fmt: skip
+"""Of embedding, last norm and head; and of a layer, in the order of `_modules`."""
 
 
 def _modules(block: Any) -> tuple[Any, ...]:
-    """A layer's modules, in the order of `_KINDS`.
+    """A layer's modules, in the order of `_KINDS[1]`.
 
     Looks into the dicts of the modules, since 400 calls of their `__getattr__` would take 5 % of a
     step.
@@ -88,20 +102,34 @@ def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
 
 def _layer(modules: tuple[Any, ...], state: MixerState) -> Layer:
     """The tensors of a layer."""
-    norm, mixer, in_proj, conv, x_proj, dt_proj, out_proj = (
-        module._parameters for module in modules[1:]
+    _, norm, mixer, *projections, out_proj = modules
+    in_proj, conv, x_proj, dt_proj = projections
+    (w_in, s_in), (w_x, s_x), (w_dt, s_dt), (w_out, s_out) = map(
+        _matrix, (in_proj, x_proj, dt_proj, out_proj)
     )
     return Layer(
-        norm=norm["weight"],
-        in_proj=in_proj["weight"],
-        conv=conv["weight"],
-        conv_bias=conv["bias"],
-        x_proj=x_proj["weight"],
-        dt_proj=dt_proj["weight"],
-        dt_bias=dt_proj["bias"],
-        A_log=mixer["A_log"],
-        D=mixer["D"],
-        out_proj=out_proj["weight"],
-        conv_state=state.conv_state,
-        ssm_state=state.ssm_state,
+        norm._parameters["weight"],
+        w_in,
+        conv._parameters["weight"],
+        conv._parameters["bias"],
+        w_x,
+        w_dt,
+        dt_proj._parameters["bias"],
+        mixer._parameters["A_log"],
+        mixer._parameters["D"],
+        w_out,
+        state.conv_state,
+        state.ssm_state,
+        s_in,
+        s_x,
+        s_dt,
+        s_out,
     )
+
+
+def _matrix(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight of a layer, and its scales."""
+    buffers = layer._buffers
+    if buffers:
+        return buffers["codes"], buffers["scales"]
+    return layer._parameters["weight"], None

@@ -20,10 +20,13 @@ from mambakit.nn.block import Block
 from mambakit.nn.linear import Linear
 from mambakit.nn.mixer import MambaMixer
 from mambakit.nn.norm import RMSNorm
+from mambakit.nn.quantised_linear import QuantisedEmbedding, QuantisedLinear
 from mambakit.ops import linear_cross_entropy
+from mambakit.ops.quantisation import dequantise
 
 if TYPE_CHECKING:
     from mambakit.models.formats.layout import SavedTokenizer
+    from mambakit.models.quantisation import Quantisation
 
 
 class Backbone(nn.Module):
@@ -84,6 +87,9 @@ class MambaLanguageModel(nn.Module):
     Args:
         config: Sizes and switches.
 
+    Attributes:
+        quantisation: How the matrices are stored, after `mambakit.models.quantise`; None: as floats.
+
     Example:
         >>> import torch
         >>> from mambakit import MambaConfig, MambaLanguageModel
@@ -96,8 +102,11 @@ class MambaLanguageModel(nn.Module):
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
         self.config = config
+        self.quantisation: Quantisation | None = None
         self.backbone = Backbone(config)
-        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self.lm_head: Linear | QuantisedLinear = Linear(
+            config.d_model, config.padded_vocab_size, bias=False
+        )
         self._initialise()
         self.tie_weights()
 
@@ -151,6 +160,9 @@ class MambaLanguageModel(nn.Module):
         hidden, state = self.hidden(tokens, state, seq_idx=seq_idx)
         if isinstance(self.lm_head, nn.Linear):
             return linear_cross_entropy(hidden, self.lm_head.weight, targets), state
+        if isinstance(self.lm_head, QuantisedLinear):
+            weight = dequantise(self.lm_head.matrix, hidden.dtype)
+            return linear_cross_entropy(hidden, weight, targets), state
         # An adapter wraps the head: its weight alone is not the whole layer.
         logits = self.lm_head(hidden).flatten(0, 1).float()
         return cross_entropy(logits, targets.flatten(), ignore_index=-100), state
@@ -247,8 +259,10 @@ class MambaLanguageModel(nn.Module):
         self.backbone.activation_checkpointing = value
 
     def num_parameters(self) -> int:
-        """Number of parameters; a tied head counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Number of parameters, quantised ones too; a tied head counts once."""
+        quantised = (m for m in self.modules() if isinstance(m, QuantisedLinear))
+        codes = sum(layer.in_features * layer.out_features for layer in quantised)
+        return codes + sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, seqlen: int) -> int:
         """Floating point operations of forward and backward for one token of a sequence.
@@ -261,13 +275,20 @@ class MambaLanguageModel(nn.Module):
             seqlen: Length of the sequence. Mamba's cost of a token does not depend on it.
         """
         config = self.config
+        if self.quantisation is not None:
+            raise ArgumentError(
+                "flops_per_token: a quantised model is not trained; ask a float one"
+            )
         weights = [m.weight for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv1d))]
         states = config.n_layer * config.d_inner * config.d_state * (4 if config.is_complex else 1)
         return 6 * sum(weight.numel() for weight in weights) + 3 * 7 * states
 
     def tie_weights(self) -> None:
         """Make the head share the weight of the embedding, if the config says so."""
-        if self.config.tie_embeddings:
+        embedding: nn.Module = self.backbone.embedding
+        if self.config.tie_embeddings and isinstance(embedding, QuantisedEmbedding):
+            self.lm_head = embedding.table
+        elif self.config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
 
     def _initialise(self) -> None:

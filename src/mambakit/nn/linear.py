@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from mambakit.ops.cpu.features import slow_bfloat16
 from mambakit.ops.linear import linear_step
 
 
@@ -51,5 +52,12 @@ def project_to(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    is_step = x.ndim == 2 and not torch.is_grad_enabled()
-    return linear_step(x, weight, bias) if is_step else linear(x, weight, bias)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return linear(x, weight, bias)
+    if x.ndim == 2:
+        return linear_step(x, weight, bias)
+    if x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu" and slow_bfloat16():
+        # A weight takes a twentieth as long to widen as to multiply with a prompt.
+        wide = linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return wide.to(x.dtype)
+    return linear(x, weight, bias)

@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 class Layer(NamedTuple):
-    """A layer with real A, everything selective, a convolution with a bias and projections without one."""
+    """A layer with real A, everything selective, a convolution with a bias and projections without one.
+
+    A matrix is a float tensor, and its scales None, or codes and scales as in `mambakit.ops.quantisation`.
+    """
 
     norm: Tensor
     """(M,)."""
@@ -34,3 +37,7 @@ class Layer(NamedTuple):
     """(B, D, W-1)."""
     ssm_state: Tensor
     """(B, D, N)."""
+    in_scales: Tensor | None = None
+    x_scales: Tensor | None = None
+    dt_scales: Tensor | None = None
+    out_scales: Tensor | None = None

@@ -336,6 +336,11 @@ class Trainer:
             )
         if model is not None and model.config != shape:
             raise ConfigError("training config: model is not the config of the model that is given")
+        if model is not None and model.quantisation is not None:
+            raise ConfigError(
+                f"training: the model is quantised to {model.quantisation.bits} bits, which have no "
+                "gradient; train the float model it came from"
+            )
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.precision == "bfloat16"

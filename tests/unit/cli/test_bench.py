@@ -9,7 +9,7 @@ import torch
 
 from mambakit.cli import bench
 from mambakit.cli.main import main
-from mambakit.models import MambaConfig, MambaLanguageModel, save_model
+from mambakit.models import MambaConfig, MambaLanguageModel, Quantisation, quantise, save_model
 from mambakit.ops.cpu import features
 
 
@@ -37,6 +37,21 @@ def test_it_prints_a_rate_for_every_job(
         rates = [float(number.replace(",", "")) for number in numbers.split("│")]
         assert len(rates) == count
         assert min(rates) > 0
+
+
+def test_a_quantised_model_is_not_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "SCAN", (64, 32, 16))
+    monkeypatch.setattr(bench, "BUDGET_SECONDS", 0.0)
+    model = MambaLanguageModel(MambaConfig(d_model=16, n_layer=1, vocab_size=16))
+    quantise(model, Quantisation(bits=8))
+    save_model(model, tmp_path)
+    assert main(["bench", "--checkpoint", str(tmp_path), "--seqlen", "16", "--device", "cpu"]) == 0
+    (cells,) = re.findall(r"^│ float32 +│(.*)│$", capsys.readouterr().out, re.MULTILINE)
+    training, *rates = (cell.strip() for cell in cells.split("│"))
+    assert training == "-"
+    assert all(float(rate.replace(",", "")) > 0 for rate in rates)
 
 
 def test_the_median_leaves_the_first_call_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mambakit.cli.main import main
 from mambakit.data import load_tokenizer
-from mambakit.models import MambaConfig, MambaLanguageModel, load_model, save_model
+from mambakit.models import (
+    MambaConfig,
+    MambaLanguageModel,
+    Quantisation,
+    load_model,
+    quantise,
+    save_model,
+)
 
 FILES = {
     "mambakit": {"model.safetensors", "config.json"},
@@ -66,6 +73,23 @@ def test_precision(source, model, tmp_path, precision):
     assert convert(source, "--out", tmp_path / "out", "--precision", precision) == 0
     dtype = getattr(torch, precision)
     assert load_model(tmp_path / "out").lm_head.weight.equal(model.lm_head.weight.to(dtype))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_model_stays_in_our_format(model, tmp_path, capsys, bits):
+    quantise(model, Quantisation(bits=bits))
+    save_model(model, tmp_path / "source", tokenizer=load_tokenizer("bytes"))
+    assert convert(tmp_path / "source", "--out", tmp_path / "out", "--precision", "bfloat16") == 0
+    assert f"parameters in {bits} bits, with tokenizer, format mambakit" in capsys.readouterr().out
+    loaded = load_model(tmp_path / "out")
+    assert loaded.quantisation == model.quantisation
+    assert loaded.lm_head.codes.equal(model.lm_head.codes)
+    assert loaded.backbone.norm_f.weight.dtype == torch.bfloat16
+    for format in ("official", "huggingface", "gguf"):
+        other = tmp_path / format
+        assert convert(tmp_path / "source", "--out", other, "--format", format) == 2
+        assert "but the model is quantised, wanted 'mambakit'" in capsys.readouterr().err
+        assert not other.exists()
 
 
 def test_a_run_folder_gives_its_last_checkpoint(model, tmp_path):

@@ -92,7 +92,7 @@ def test_broken_config(saved):
     ("fields", "message"),
     [
         ({"format": "pt"}, "is of another program"),
-        ({"version": 2}, "has version 2, newer than the 1 known here; upgrade mambakit"),
+        ({"version": 3}, "has version 3, newer than the 2 known here; upgrade mambakit"),
         ({"version": None}, "has version None"),
         ({"model": [1]}, 'has no "model" entry'),
         ({"model": {"d_modl": 16}}, "unknown field 'd_modl'; did you mean 'd_model'"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 
@@ -7,9 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from mambakit.models import MambaConfig, MambaLanguageModel, ModelState, fused_step
+from mambakit.models import (
+    MambaConfig,
+    MambaLanguageModel,
+    ModelState,
+    Quantisation,
+    fused_step,
+    quantise,
+)
 from mambakit.ops.cpu import model_step as ops
-from mambakit.ops.cpu.kernels.model_step import HEAD_ROWS
+from mambakit.ops.cpu.model_step import HEAD_ROWS
 
 SMALL = {"d_model": 24, "n_layer": 3, "vocab_size": 300}
 
@@ -71,8 +79,56 @@ def test_it_equals_the_modules(fields, batch):
     assert_same_state(state, expected_state, rtol=1e-5, atol=1e-5)
 
 
-def test_a_row_does_not_depend_on_the_others_nor_on_the_threads():
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    "name", ["default", "untied", "odd sizes", "several tasks a phase", "norms"]
+)
+def test_quantised_it_equals_the_modules(name, bits, group_size, batch):
+    model = make_model(**CONFIGS[name])
+    quantise(model, Quantisation(bits=bits, group_size=group_size))
+    tokens, state = read(model, batch)
+    expected_state = state.clone()
+    for t in range(tokens.shape[1]):
+        logits = fused(model, tokens[:, t], state)
+        expected = by_modules(model, tokens[:, t], expected_state)
+        # Both round what is between matrices to 16 bits; float32 roundings before it can shift a code by one.
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    assert_same_state(state, expected_state, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "name", ["default", "untied", "odd sizes", "no taps before, one state", "norms"]
+)
+def test_bfloat16_is_as_near_to_float32_as_the_modules(name, batch):
+    model = make_model(**CONFIGS[name]).bfloat16()
+    wide = copy.deepcopy(model).float()
+    tokens, state = read(model, batch)
+    wide_state, module_state = read(wide, batch)[1], state.clone()
+    ours = theirs = 0.0
+    for t in range(tokens.shape[1]):
+        exact = fused(wide, tokens[:, t], wide_state)
+        logits = fused(model, tokens[:, t], state)
+        expected = by_modules(model, tokens[:, t], module_state)
+        assert logits.dtype == torch.bfloat16
+        ours += float((logits - exact).norm())
+        theirs += float((expected - exact).norm())
+        assert (logits - exact).norm() < 0.03 * exact.norm()
+    assert (
+        ours <= 1.2 * theirs
+    )  # what both round, the prompt's state and the logits, is a part of it
+    assert state.layers[0].conv_state.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "8", "4"])
+def test_a_row_does_not_depend_on_the_others_nor_on_the_threads(form):
     model = make_model(d_model=96, n_layer=4, vocab_size=1000)
+    if form == "bfloat16":
+        model.bfloat16()
+    elif form != "float32":
+        quantise(model, Quantisation(bits=int(form)))
     tokens, state = read(model, 7)
     alone = [state.select(torch.tensor([row])) for row in range(7)]
     before = torch.get_num_threads()
@@ -146,7 +202,7 @@ CHANGES: dict[str, Callable[[MambaLanguageModel], object]] = {
         lambda _, inputs: (inputs[0] + 1,)
     ),
     "other forward": replace_forward,
-    "bfloat16": lambda model: model.bfloat16(),
+    "bfloat16 norm": lambda model: model.backbone.layers[1].norm.bfloat16(),
     "float64": lambda model: model.double(),
     "strided weight": use_strided_weight,
 }
@@ -194,7 +250,7 @@ def test_who_waits_for_a_slow_thread_sleeps_and_goes_on(monkeypatch):
         def sleep(seconds: float) -> None:
             naps.append(seconds)
             if len(naps) == 3:
-                rows.logits[:, :HEAD_ROWS] = rows.normed @ head[:HEAD_ROWS].T
+                rows.logits[:, :HEAD_ROWS] = rows.normed.values @ head[:HEAD_ROWS].T
                 done[-1] += 1
 
         monkeypatch.setattr(time, "sleep", sleep)

@@ -16,6 +16,7 @@ from mambakit.evaluate import count_bytes, score
 from mambakit.models.checkpoint import load_model
 from mambakit.models.config import MambaConfig
 from mambakit.models.language_model import MambaLanguageModel
+from mambakit.models.quantisation import Quantisation, quantise
 from mambakit.ops.cpu import features
 from mambakit.train import Callback, Outcome, TrainConfig, Trainer
 from mambakit.train import trainer as trainer_module
@@ -363,3 +364,13 @@ def test_callbacks_are_called_in_order(make_config: MakeConfig) -> None:
 
     Trainer(make_config(steps=2, valid_every=2), callbacks=[Watch()]).fit()
     assert calls == ["start 0", "step 1", "step 2", "log 2", "log 2", "step-00000002", "end"]
+
+
+def test_a_quantised_model_is_refused(make_config: MakeConfig) -> None:
+    config = make_config()
+    model = MambaLanguageModel(config.model)
+    quantise(model, Quantisation(bits=4))
+    with pytest.raises(
+        ConfigError, match="the model is quantised to 4 bits, which have no gradient"
+    ):
+        Trainer(config, model)

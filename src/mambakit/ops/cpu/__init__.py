@@ -15,6 +15,7 @@ FILES = {
     "causal_conv1d_step": "causal_conv1d",
     "linear_cross_entropy": "cross_entropy",
     "linear_step": "linear",
+    "quantised_linear": "quantised_linear",
     "rms_norm": "rms_norm",
     "selective_scan": "selective_scan",
     "selective_scan_step": "selective_scan",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,67 +19,149 @@ from mambakit.ops.cpu.arrays import array
 from mambakit.ops.cpu.linear import SMALL
 from mambakit.ops.cpu.threads import run
 from mambakit.ops.model_layer import Layer
+from mambakit.ops.quantisation import GROUP_SIZES
 
 NAP_SECONDS = 1e-4
 
 
-def suitable(tensors: Sequence[Tensor]) -> bool:
-    """Whether the kernel can read them where they lie."""
-    return all(t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
+IN_ROWS, X_ROWS, SCAN_CHANNELS, OUT_ROWS, HEAD_ROWS = 64, 8, 64, 32, 128
+"""Rows of a float32 matrix, or channels, in a task: 100 KB of weights, which take 10 microseconds."""
+
+
+class Head(NamedTuple):
+    """The last norm, (M,), and the head, (V, M), in the form of the layers' matrices."""
+
+    norm: Tensor
+    weight: Tensor
+    scales: Tensor | None
+
+
+def suitable(layers: Sequence[Layer], head: Head) -> bool:
+    """Whether the kernel can read them where they lie, and has a form for their dtypes."""
+    small, matrix, scale = (None if t is None else t.dtype for t in head)
+    if (small, matrix, scale) not in _FORMS:
+        return False
+    steering = torch.int8 if scale else matrix
+    exact = torch.float32
+    wanted = [
+        small,
+        matrix,
+        small,
+        small,
+        steering,
+        steering,
+        exact,
+        exact,
+        exact,
+        matrix,
+        small,
+        exact,
+    ]
+    wanted += [scale] * 4
+    for layer in layers:
+        if [None if t is None else t.dtype for t in layer] != wanted:
+            return False
+    tensors = [t for t in chain(head, *layers) if t is not None]
+    return all(t.is_cpu and t.is_contiguous() for t in tensors)
+
+
+_FORMS = (
+    (torch.float32, torch.float32, None),
+    (torch.bfloat16, torch.bfloat16, None),
+    (torch.float32, torch.int8, torch.bfloat16),
+    (torch.float32, torch.int16, torch.bfloat16),
+)
+"""Dtypes of norms and convolutions, of matrices, of their scales."""
 
 
 def model_step(
     embedded: Tensor,
     layers: Sequence[Layer],
-    norm_f: Tensor,
-    head: Tensor,
+    head: Head,
     eps: Sequence[float],
     mixer_eps: float | None,
 ) -> Tensor:
-    """Logits, (B, V), from the embeddings of a token a sequence, (B, M); the states move on.
+    """Logits, (B, V) in the dtype of the norms, from the embeddings of a token a sequence, (B, M); the states move on.
 
-    All tensors are `suitable`. A row does not depend on the other rows of the batch, nor on the number of threads.
+    Tensors are `suitable`. A row does not depend on the other rows of the batch, nor on the number of threads.
+    What is between matrices is float32; codes are multiplied with it as in `mambakit.ops.quantised_linear`.
 
     Args:
-        embedded: (B, M); overwritten.
+        embedded: (B, M) float32; overwritten.
         layers: First layer first.
-        norm_f: Weight of the last norm, (M,).
-        head: (V, M).
+        head: What follows them.
         eps: Of the norm of each layer, and of the last norm.
         mixer_eps: Of the norms of dt, B and C; None: there are none.
     """
-    from mambakit.ops.cpu.kernels.model_step import PARTS, Rows, Sizes
+    from mambakit.ops.cpu.kernels.model_step import PARTS
 
-    batch, d_model = embedded.shape
-    d_inner, d_state = layers[0].A_log.shape
-    dt_rank = layers[0].dt_proj.shape[1]
-    sizes = Sizes(len(layers), d_model, d_inner, d_state, layers[0].conv.shape[-1], dt_rank)
-    addresses = [*map(Tensor.data_ptr, chain.from_iterable(layers))]
+    sizes = _sizes(layers, head)
+    addresses = [0 if t is None else t.data_ptr() for t in chain.from_iterable(layers)]
     table = np.array(addresses, np.int64).view(_ADDRESSES)
-    logits = embedded.new_empty(batch, head.shape[0])
-    rows = Rows(
-        hidden=np.zeros((batch, d_model), np.float32),
-        residual=array(embedded),
-        normed=np.empty((batch, d_model), np.float32),
-        xz=np.empty((batch, 2 * d_inner), np.float32),
-        x=np.empty((batch, d_inner), np.float32),
-        steering=np.empty((batch, dt_rank + 2 * d_state), np.float32),
-        dt=np.empty((batch, d_inner), np.float32),
-        y=np.empty((batch, d_inner), np.float32),
-        logits=array(logits),
-    )
+    logits = head.norm.new_empty(embedded.shape[0], head.weight.shape[0])
+    rows = _rows(embedded, logits, layers[0], sizes)
     claimed, done = np.zeros((2, PARTS * len(layers) + 2), np.int64)
-    weights = len(layers) * layers[0].in_proj.numel() + head.numel()
+    weights = len(layers) * layers[0].in_proj.numel() + head.weight.numel()
     threads = torch.get_num_threads() if weights > SMALL else 1
+    steering = array(layers[0].x_proj[:0, :0].reshape(-1))
+    scales = _NO_SCALES if head.scales is None else array(head.scales)
     run(
         _walk, threads, sizes, table, np.array(eps, np.float32),
-        None if mixer_eps is None else np.float32(mixer_eps), array(norm_f), array(head), rows, claimed, done,
+        None if mixer_eps is None else np.float32(mixer_eps), array(head.norm), steering, scales,
+        array(head.weight), rows, claimed, done,
     )  # fmt: skip
     increment_version([state for layer in layers for state in (layer.conv_state, layer.ssm_state)])
     return logits
 
 
 _ADDRESSES = np.dtype([(name, np.int64) for name in Layer._fields])
+_NO_SCALES = np.empty((0, 0), np.uint16)
+
+
+def _sizes(layers: Sequence[Layer], head: Head) -> Any:
+    """Sizes of the model and of tasks, which hold as many bytes in any format, and whole groups of codes."""
+    from mambakit.ops.cpu.kernels.model_step import Sizes
+
+    first = layers[0]
+    d_inner, d_state = first.A_log.shape
+    d_model = head.norm.shape[0]
+    dt_rank = first.x_proj.shape[0] - 2 * d_state
+    times = 1 if head.weight.dtype == torch.float32 else 2 if head.scales is None else 4
+    return Sizes(
+        len(layers), d_model, d_inner, d_state, first.conv.shape[-1], dt_rank,
+        in_rows=IN_ROWS * times, x_rows=X_ROWS, out_rows=OUT_ROWS * times, head_rows=HEAD_ROWS * times,
+        scan_channels=max(SCAN_CHANNELS, 0 if head.scales is None else max(GROUP_SIZES)),
+    )  # fmt: skip
+
+
+def _rows(embedded: Tensor, logits: Tensor, layer: Layer, sizes: Any) -> Any:
+    """What the phases hand on; codes and steps are zeros, as their padding has to be."""
+    from mambakit.ops.cpu.kernels.model_step import Rows
+    from mambakit.ops.cpu.kernels.operand import Operand
+
+    batch = embedded.shape[0]
+
+    def empty(size: int) -> Any:
+        return np.empty((batch, size), np.float32)
+
+    def operand(size: int, scales: Tensor | None, group: int) -> Any:
+        groups = 0 if scales is None else scales.shape[1]
+        codes = np.zeros((batch, groups * group), np.int16)
+        return Operand(empty(size), codes, np.zeros((batch, groups), np.float32))
+
+    # Matrices of eight bits have as many codes a row as columns.
+    group = 0 if layer.x_scales is None else layer.x_proj.shape[1] // layer.x_scales.shape[1]
+    return Rows(
+        hidden=np.zeros((batch, sizes.d_model), np.float32),
+        residual=array(embedded),
+        normed=operand(sizes.d_model, layer.in_scales, group),
+        xz=empty(2 * sizes.d_inner),
+        x=operand(sizes.d_inner, layer.x_scales, group),
+        steering=operand(sizes.dt_rank + 2 * sizes.d_state, layer.dt_scales, group),
+        dt=empty(sizes.d_inner),
+        y=operand(sizes.d_inner, layer.out_scales, group),
+        logits=array(logits),
+    )
 
 
 def _walk(first: int, last: int, sizes: Any, *args: Any) -> None:

@@ -103,6 +103,39 @@ def load_lanes(typingctx: Any, array: Any, index: Any) -> Any:
     return lanes_type(array, index), build
 
 
+def _at(context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: Any) -> Any:
+    """Pointer to a vector from array[index] on, an index for every dimension; no bounds check, no wrap-around."""
+    data = context.make_array(array_type)(context, builder, array)
+    indices = cgutils.unpack_tuple(builder, index)
+    pointer = cgutils.get_item_pointer(
+        context, builder, array_type, data, indices, wraparound=False, boundscheck=False
+    )
+    return builder.bitcast(pointer, vector.as_pointer())
+
+
+@intrinsic
+def load_floats(typingctx: Any, array: Any, index: Any) -> Any:
+    """As many numbers as there are lanes, from array[index] on: float32, neighbours in memory."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load(_at(context, builder, sig.args[0], *args, _VECTOR), align=4)
+
+    return lanes_type(array, index), build
+
+
+@intrinsic
+def load_bfloat16(typingctx: Any, array: Any, index: Any) -> Any:
+    """As `load_floats`, of bfloat16 (uint16)."""
+    narrow = ir.VectorType(ir.IntType(16), LANES)
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = builder.load(_at(context, builder, sig.args[0], *args, narrow), align=2)
+        wide = builder.shl(builder.zext(bits, _INTS), ir.Constant(_INTS, [16] * LANES))
+        return builder.bitcast(wide, _VECTOR)
+
+    return lanes_type(array, index), build
+
+
 @intrinsic
 def store_lanes(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
     """array[index] = value."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from numba.extending import register_jitable
 
+from mambakit.ops.cpu.kernels.lanes import LANES, load_bfloat16, load_floats, spread, sum_lanes
 from mambakit.ops.cpu.kernels.simd import any_order, kernel, load, store
 
 
@@ -34,6 +36,35 @@ def product(first, last, x, weight, bias, y):
                 sum3 += load(row3, k) * x_k
             for o, total in ((o0, sum0), (o1, sum1), (o2, sum2), (o3, sum3)):
                 store(y[b], o, total if bias is None else total + bias[o])
+
+
+@register_jitable
+def bfloat16_product(first, last, x, weight, y):
+    """As `product`, for float32 x and a bfloat16 weight, without bias.
+
+    With explicit vectors: of the loop above LLVM makes one that reads such a weight a quarter more slowly.
+    """
+    quarter, columns = (last - first + 3) // 4, weight.shape[1]
+    whole = columns - columns % LANES
+    for o0 in range(first, first + quarter):
+        o1, o2, o3 = (
+            min(o0 + quarter, last - 1),
+            min(o0 + 2 * quarter, last - 1),
+            min(o0 + 3 * quarter, last - 1),
+        )
+        for b in range(x.shape[0]):
+            sum0 = sum1 = sum2 = sum3 = spread(np.float32(0))
+            for k in range(0, whole, LANES):
+                x_k = load_floats(x, (b, k))
+                sum0 += load_bfloat16(weight, (o0, k)) * x_k
+                sum1 += load_bfloat16(weight, (o1, k)) * x_k
+                sum2 += load_bfloat16(weight, (o2, k)) * x_k
+                sum3 += load_bfloat16(weight, (o3, k)) * x_k
+            for o, lanes in ((o0, sum0), (o1, sum1), (o2, sum2), (o3, sum3)):
+                total = sum_lanes(lanes)
+                for k in range(whole, columns):
+                    total += load(weight[o], k) * x[b, k]
+                store(y[b], o, total)
 
 
 @kernel

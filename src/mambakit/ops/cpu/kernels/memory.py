@@ -8,7 +8,8 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, int64, types
 from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic, overload, register_jitable
+from numba.np.numpy_support import as_dtype
 
 
 @intrinsic
@@ -23,6 +24,16 @@ def _pointer(typingctx: Any, address: Any) -> Any:
 def floats(address, shape):
     """The contiguous float32 array of this shape (a tuple) that lies at an address."""
     return carray(_pointer(address), shape, dtype=np.float32)
+
+
+def array_at(address, shape, like):
+    """The contiguous array of this shape (a tuple), and of the dtype of `like`, that lies at an address."""
+
+
+@overload(array_at)
+def _array_at(address, shape, like):
+    dtype = as_dtype(like.dtype)
+    return lambda address, shape, like: carray(_pointer(address), shape, dtype=dtype)
 
 
 def _counter(context: Any, builder: Any, sig: Any, args: Any) -> Any:

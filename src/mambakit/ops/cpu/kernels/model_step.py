@@ -12,25 +12,32 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from mambakit.ops.cpu.kernels import causal_conv1d
-from mambakit.ops.cpu.kernels.linear import product
-from mambakit.ops.cpu.kernels.memory import count, counted, floats
+from mambakit.ops.cpu.kernels.memory import array_at, count, counted, floats
+from mambakit.ops.cpu.kernels.operand import Operand, matrix_at, multiply, prepare
 from mambakit.ops.cpu.kernels.rms_norm import normalise
-from mambakit.ops.cpu.kernels.simd import LOG2_E, any_order, dot, exp2, kernel, sigmoid, softplus
+from mambakit.ops.cpu.kernels.simd import (
+    LOG2_E,
+    any_order,
+    dot,
+    exp2,
+    kernel,
+    load,
+    sigmoid,
+    softplus,
+    store,
+)
 
 ZERO = np.float32(0)
 
 NORM, IN_PROJ, X_PROJ, SCAN, OUT_PROJ = range(5)
 PARTS = 5
 """Phases of a layer. After the last layer come the norm and, in the place of in_proj, the head."""
-IN_ROWS, X_ROWS, SCAN_CHANNELS, OUT_ROWS, HEAD_ROWS = 64, 8, 64, 32, 128
-"""Rows of a matrix, or channels, in a task: 100 KB of weights, which take 10 microseconds."""
 SPINS = 100_000
 """Looks at a counter, about 0.1 ms, before a thread gives up waiting."""
 
 
 class Sizes(NamedTuple):
-    """Sizes of the model; all that lies behind an address has these."""
+    """Sizes of the model; all that lies behind an address has these. And of tasks."""
 
     layers: int
     d_model: int
@@ -38,43 +45,72 @@ class Sizes(NamedTuple):
     d_state: int
     d_conv: int
     dt_rank: int
+    in_rows: int
+    x_rows: int
+    scan_channels: int
+    out_rows: int
+    head_rows: int
 
 
 class Rows(NamedTuple):
-    """What the phases hand on, for each row of the batch."""
+    """What the phases hand on, for each row of the batch; `Operand`s are multiplied with a matrix."""
 
     hidden: np.ndarray
     residual: np.ndarray
-    normed: np.ndarray
+    normed: Operand
     xz: np.ndarray
-    x: np.ndarray
-    steering: np.ndarray
+    x: Operand
+    steering: Operand
     dt: np.ndarray
-    y: np.ndarray
+    y: Operand
     logits: np.ndarray
 
 
 @register_jitable
-def add_norm(b, weight, eps, rows):
+def add_norm(b, weight, eps, rows, head):
     """Add hidden to the residual stream, and normalise that."""
-    total = rows.residual[b]
+    total, normed = rows.residual[b], rows.normed
     for c in range(total.size):
         total[c] += rows.hidden[b, c]
-    normalise(total, weight, eps, rows.normed[b])
+    normalise(total, weight, eps, normed.values[b])
+    prepare(normed, b, 0, total.size, total.size, head)
 
 
 @register_jitable
-def in_proj(first, last, sizes, layer, rows):
+def convolve(b, first, last, inputs, taps, bias, state, x):
+    """x = silu(convolution) of some channels; their state, (B, D, W-1), moves on. Loops over channels, for speed."""
+    newest = taps.shape[1] - 1
+    for c in range(first, last):
+        x[c] = load(taps[c], newest) * inputs[c]
+    for tap in range(newest):
+        for c in range(first, last):
+            x[c] += load(taps[c], tap) * load(state[b, c], tap)
+    for tap in range(newest - 1):
+        for c in range(first, last):
+            state[b, c, tap] = state[b, c, tap + 1]
+    if newest > 0:
+        for c in range(first, last):
+            store(state[b, c], newest - 1, inputs[c])
+    for c in range(first, last):
+        total = x[c] + load(bias, c)
+        x[c] = total * sigmoid(total)
+
+
+@register_jitable
+def in_proj(first, last, sizes, layer, rows, norm_f, head):
     """Rows of x and z, and the convolution of those of x."""
-    batch, d_inner, d_conv = rows.x.shape[0], sizes.d_inner, sizes.d_conv
-    weight = floats(layer.in_proj, (2 * d_inner, sizes.d_model))
-    product(first, last, rows.normed, weight, None, rows.xz)
-    taps, bias = floats(layer.conv, (d_inner, d_conv)), floats(layer.conv_bias, (d_inner,))
-    state = floats(layer.conv_state, (batch, d_inner, d_conv - 1))
+    batch, d_inner, d_conv = rows.xz.shape[0], sizes.d_inner, sizes.d_conv
+    weight, scales = matrix_at(
+        layer.in_proj, layer.in_scales, 2 * d_inner, sizes.d_model, rows.normed, head
+    )
+    multiply(first, last, rows.normed, weight, scales, rows.xz)
+    taps = array_at(layer.conv, (d_inner, d_conv), norm_f)
+    bias = array_at(layer.conv_bias, (d_inner,), norm_f)
+    state = array_at(layer.conv_state, (batch, d_inner, d_conv - 1), norm_f)
+    last = min(last, d_inner)
     for b in range(batch):
-        xz = rows.xz[b]
-        for c in range(first, min(last, d_inner)):
-            rows.x[b, c] = causal_conv1d.advance(state[b, c], xz[c : c + 1], taps[c], bias[c], True)
+        convolve(b, first, last, rows.xz[b], taps, bias, state, rows.x.values[b])
+        prepare(rows.x, b, first, last, d_inner, head)
 
 
 @any_order
@@ -90,31 +126,35 @@ def advance(state, decays, inputs, B, C, sums):
 
 
 @register_jitable
-def normalised(steering, sizes, eps):
-    """Steering with a mean square of one in each of dt, B and C; steering itself if eps is None.
+def normalised(values, sizes, eps):
+    """Dt, B and C, each with a mean square of one; the values themselves if eps is None.
 
     Every task does it for itself: that is a small part of its product with dt_proj, and saves a phase.
     """
     if eps is None:
-        return steering
-    out = np.empty_like(steering)
-    end_dt, end_B, end = sizes.dt_rank, sizes.dt_rank + sizes.d_state, steering.shape[1]
-    for b in range(steering.shape[0]):
+        return values
+    out = np.empty_like(values)
+    end_dt, end_B, end = sizes.dt_rank, sizes.dt_rank + sizes.d_state, values.shape[1]
+    for b in range(values.shape[0]):
         for first, last in ((0, end_dt), (end_dt, end_B), (end_B, end)):
-            values = steering[b, first:last]
-            scale = np.float32(1) / np.sqrt(dot(values, values) / np.float32(last - first) + eps)
+            part = values[b, first:last]
+            scale = np.float32(1) / np.sqrt(dot(part, part) / np.float32(last - first) + eps)
             for i in range(first, last):
-                out[b, i] = steering[b, i] * scale
+                out[b, i] = values[b, i] * scale
     return out
 
 
 @register_jitable
-def scan(first, last, sizes, layer, mixer_eps, rows):
+def scan(first, last, sizes, layer, mixer_eps, rows, head, steering):
     """Dt and the scan of some channels; loops over rows, so that they become vectors."""
-    batch, d_inner, d_state, dt_rank = rows.x.shape[0], sizes.d_inner, sizes.d_state, sizes.dt_rank
+    batch, d_inner, d_state, dt_rank = rows.xz.shape[0], sizes.d_inner, sizes.d_state, sizes.dt_rank
     width = last - first
-    steering = normalised(rows.steering, sizes, mixer_eps)
-    product(first, last, steering, floats(layer.dt_proj, (d_inner, dt_rank)), None, rows.dt)
+    codes, steps = np.zeros_like(rows.steering.codes), np.zeros_like(rows.steering.steps)
+    low = Operand(normalised(rows.steering.values, sizes, mixer_eps), codes, steps)
+    for b in range(batch):
+        prepare(low, b, 0, dt_rank, dt_rank, steering)
+    dt_proj, scales = matrix_at(layer.dt_proj, layer.dt_scales, d_inner, dt_rank, low, steering)
+    multiply(first, last, low, dt_proj, scales, rows.dt)
     dt_bias, D = (
         floats(layer.dt_bias, (d_inner,))[first:last],
         floats(layer.D, (d_inner,))[first:last],
@@ -126,10 +166,11 @@ def scan(first, last, sizes, layer, mixer_eps, rows):
     for i in range(A_log.size):
         rates[i] = -LOG2_E * exp2(LOG2_E * A_log[i])
     for b in range(batch):
-        x, y, dt = rows.x[b, first:last], rows.y[b, first:last], rows.dt[b, first:last]
+        x, y = rows.x.values[b, first:last], rows.y.values[b, first:last]
+        dt, steer = rows.dt[b, first:last], low.values[b]
         z = rows.xz[b, d_inner + first : d_inner + last]
-        B = steering[b, dt_rank : dt_rank + d_state]
-        C = steering[b, dt_rank + d_state : dt_rank + 2 * d_state]
+        B = steer[dt_rank : dt_rank + d_state]
+        C = steer[dt_rank + d_state : dt_rank + 2 * d_state]
         for c in range(width):
             dt[c] = softplus(dt[c] + dt_bias[c])
         for c in range(width):
@@ -141,66 +182,83 @@ def scan(first, last, sizes, layer, mixer_eps, rows):
         advance(states[b, first:last], decays.reshape((width, d_state)), inputs, B, C, y)
         for c in range(width):
             y[c] = (y[c] + D[c] * x[c]) * (z[c] * sigmoid(z[c]))
+        prepare(rows.y, b, first, last, d_inner, head)
 
 
 @register_jitable
-def task_size(part, is_head):
+def task_size(part, is_head, sizes):
     """Rows of a matrix, or channels, or rows of the batch, in a task."""
     if part == NORM:
         return 1
     if part == IN_PROJ:
-        return HEAD_ROWS if is_head else IN_ROWS
+        return sizes.head_rows if is_head else sizes.in_rows
     if part == X_PROJ:
-        return X_ROWS
-    return SCAN_CHANNELS if part == SCAN else OUT_ROWS
+        return sizes.x_rows
+    return sizes.scan_channels if part == SCAN else sizes.out_rows
 
 
 @register_jitable
 def extent(part, is_head, sizes, rows):
     """What the tasks of a phase share out."""
     if part == NORM:
-        return rows.x.shape[0]
+        return rows.xz.shape[0]
     if part == IN_PROJ:
         return rows.logits.shape[1] if is_head else rows.xz.shape[1]
     if part == X_PROJ:
-        return rows.steering.shape[1]
+        return rows.steering.values.shape[1]
     return sizes.d_inner if part == SCAN else sizes.d_model
 
 
+@register_jitable
+def run_task(
+    part, first, last, index, sizes, layer, eps, mixer_eps, norm_f, steering, scales, head, rows
+):
+    """One task of a phase; index: of the layer, which for the head is their number."""
+    is_head = index == sizes.layers
+    if part == NORM:
+        weight = norm_f if is_head else array_at(layer.norm, norm_f.shape, norm_f)
+        add_norm(first, weight, eps[index], rows, head)
+    elif part == IN_PROJ:
+        if is_head:
+            multiply(first, last, rows.normed, head, scales, rows.logits)
+        else:
+            in_proj(first, last, sizes, layer, rows, norm_f, head)
+    elif part == X_PROJ:
+        whole, d_inner = rows.steering.values.shape[1], sizes.d_inner
+        weight, scales = matrix_at(layer.x_proj, layer.x_scales, whole, d_inner, rows.x, steering)
+        multiply(first, last, rows.x, weight, scales, rows.steering.values)
+    elif part == SCAN:
+        scan(first, last, sizes, layer, mixer_eps, rows, head, steering)
+    else:
+        weight, scales = matrix_at(
+            layer.out_proj, layer.out_scales, sizes.d_model, sizes.d_inner, rows.y, head
+        )
+        multiply(first, last, rows.y, weight, scales, rows.hidden)
+
+
 @kernel
-def walk(phase, sizes, layers, eps, mixer_eps, norm_f, head, rows, claimed, done):
+def walk(phase, sizes, layers, eps, mixer_eps, norm_f, steering, scales, head, rows, claimed, done):
     """Take part in the phases from `phase` on; the phase in which waiting took too long, or their number at the end.
 
-    layers: for each a record of addresses, of what `mambakit.ops.cpu.model_step.Layer` names. eps: of each norm.
-    mixer_eps: of the norms of dt, B and C, or None. norm_f: (M,). head: (V, M).
-    claimed, done: tasks of each phase, int64.
+    layers: for each a record of addresses, of what `mambakit.ops.model_layer.Layer` names. eps: of each norm.
+    mixer_eps: of the norms of dt, B and C, or None. norm_f: (M,), in the dtype of norms and convolutions.
+    steering: an array of the dtype of x_proj and dt_proj. head: (V, M) in the dtype of the other matrices, or its
+    codes, and their scales. claimed, done: tasks of each phase, int64.
     """
     phases = PARTS * sizes.layers + 2
     while phase < phases:
         index, part = phase // PARTS, phase % PARTS
-        is_head = index == sizes.layers
         layer = layers[min(index, sizes.layers - 1)]
-        size, whole = task_size(part, is_head), extent(part, is_head, sizes, rows)
+        size = task_size(part, index == sizes.layers, sizes)
+        whole = extent(part, index == sizes.layers, sizes, rows)
         tasks = (whole + size - 1) // size
         task = count(claimed, phase)
         while task < tasks:
             first, last = task * size, min((task + 1) * size, whole)
-            if part == NORM:
-                weight = norm_f if is_head else floats(layer.norm, norm_f.shape)
-                add_norm(first, weight, eps[index], rows)
-            elif part == IN_PROJ:
-                if is_head:
-                    product(first, last, rows.normed, head, None, rows.logits)
-                else:
-                    in_proj(first, last, sizes, layer, rows)
-            elif part == X_PROJ:
-                weight = floats(layer.x_proj, (whole, sizes.d_inner))
-                product(first, last, rows.x, weight, None, rows.steering)
-            elif part == SCAN:
-                scan(first, last, sizes, layer, mixer_eps, rows)
-            else:
-                weight = floats(layer.out_proj, (whole, sizes.d_inner))
-                product(first, last, rows.y, weight, None, rows.hidden)
+            run_task(
+                part, first, last, index, sizes, layer, eps, mixer_eps, norm_f, steering, scales,
+                head, rows,
+            )  # fmt: skip
             count(done, phase)
             task = count(claimed, phase)
         spins = 0

@@ -27,7 +27,7 @@ def normalise(values, weight, eps, y_row):
     """Write values / rms(values) * weight."""
     scale = np.float32(1) / np.sqrt(dot(values, values) / np.float32(values.size) + eps)
     for c in range(values.size):
-        store(y_row, c, values[c] * scale * weight[c])
+        store(y_row, c, values[c] * scale * load(weight, c))
 
 
 @kernel
