@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "measure perplexity and bits per byte on a text",
     "convert": "write a checkpoint in another format: mamba_ssm, transformers, llama.cpp",
     "quantise": "store a model with weights of eight or four bits",
+    "reproduce": "run an experiment of the paper and compare",
     "bench": "measure how fast this machine runs the kernels and a model",
     "doctor": "show what this machine can run, and why",
 }

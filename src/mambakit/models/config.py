@@ -13,6 +13,7 @@ from mambakit.errors import ConfigError
 SelectiveName = Literal["dt", "B", "C"]
 AInit = Literal["s4d-real", "constant", "random", "s4d-lin"]
 DtInit = Literal["random", "constant"]
+BlockName = Literal["mamba", "h3", "ungated"]
 
 _INTEGER_RANGES = {
     "d_model": (1, 2**16),
@@ -84,6 +85,8 @@ class MambaConfig:
 
     s4d-lin makes A, B, C and the state complex (Table 8).
     """
+    block: BlockName = "mamba"
+    """What stands around the scan: Mamba's block, H3's, or Mamba's without its gate (Tables 1 and 6)."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in _INTEGER_RANGES.items():
@@ -95,7 +98,8 @@ class MambaConfig:
         self._require("mixer_norm_epsilon", is_valid, "a positive number or None")
         for name in _SWITCHES:
             self._require(name, isinstance(getattr(self, name), bool), "true or false")
-        for name, choices in (("dt_init", get_args(DtInit)), ("A_init", get_args(AInit))):
+        for name, kind in (("dt_init", DtInit), ("A_init", AInit), ("block", BlockName)):
+            choices = get_args(kind)
             self._require(name, getattr(self, name) in choices, f"one of {choices}")
         self._require("dt_min", self.dt_min <= self.dt_max, f"at most dt_max = {self.dt_max}")
         is_valid = self.dt_rank == "auto" or _is_integer(self.dt_rank, 1, self.d_inner)
@@ -139,7 +143,8 @@ class MambaConfig:
         """Number of parameters in closed form; a tied head counts once."""
         d_inner, d_model, rank = self.d_inner, self.d_model, self.resolved_dt_rank
         state_numbers = self.d_state * (2 if self.is_complex else 1)
-        in_proj = d_model * 2 * d_inner + (2 * d_inner if self.bias else 0)
+        streams = {"mamba": 2, "h3": 3, "ungated": 1}[self.block] * d_inner
+        in_proj = d_model * streams + (streams if self.bias else 0)
         conv = d_inner * self.d_conv + (d_inner if self.conv_bias else 0)
         dt = 2 * d_inner * rank + d_inner if "dt" in self.selective else d_inner
         # A selective B or C is a projection from D to N, a fixed one a (D, N) parameter: the same.

@@ -17,10 +17,12 @@ from mambakit.models.config import MambaConfig
 from mambakit.models.fused_step import fused_step
 from mambakit.models.state import ModelState
 from mambakit.nn.block import Block
+from mambakit.nn.h3 import H3Mixer
 from mambakit.nn.linear import Linear
 from mambakit.nn.mixer import MambaMixer
 from mambakit.nn.norm import RMSNorm
 from mambakit.nn.quantised_linear import QuantisedEmbedding, QuantisedLinear
+from mambakit.nn.ungated import UngatedMixer
 from mambakit.ops import linear_cross_entropy
 from mambakit.ops.quantisation import dequantise
 
@@ -324,8 +326,11 @@ class MambaLanguageModel(nn.Module):
                 )
 
 
+_MIXERS = {"mamba": MambaMixer, "h3": H3Mixer, "ungated": UngatedMixer}
+
+
 def _make_block(config: MambaConfig) -> Block:
-    mixer = MambaMixer(
+    mixer = _MIXERS[config.block](
         config.d_model,
         d_state=config.d_state,
         d_conv=config.d_conv,

@@ -192,11 +192,17 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def write_toml(config: TrainConfig, path: Path) -> None:
     """Write a config as a TOML file that `read_toml` and `mambakit train --config` read back."""
-    values = config.to_dict()
-    model = values.pop("model")
-    lines = [*_entries(values), "", "[model]", *_entries(model)]
+    write_tables(config.to_dict(), path)
+
+
+def write_tables(values: Mapping[str, Any], path: Path) -> None:
+    """Write plain values, and tables of such, as a TOML file that `read_toml` reads back."""
+    tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+    lines = _entries({key: value for key, value in values.items() if key not in tables})
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *_entries(table)]
     with atomic_write(path) as partial:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.write_text("\n".join(lines).lstrip() + "\n", encoding="utf-8")
 
 
 def _entries(values: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mambakit.errors import ConfigError
-from mambakit.models import PRESETS, MambaConfig, preset
+from mambakit.models import PRESETS, MambaConfig, MambaLanguageModel, preset
 
 PAPER = {"d_model": 1024, "n_layer": 48, "vocab_size": 50280}
 
@@ -36,6 +36,13 @@ def test_presets_have_the_published_sizes(name, millions):
 )
 def test_tables_9_and_10(fields, millions):
     assert round(MambaConfig(**PAPER, **fields).num_parameters() / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("block", ["mamba", "h3", "ungated"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_blocks_have_as_many_parameters_as_the_closed_form_says(block, bias):
+    config = MambaConfig(d_model=12, n_layer=2, vocab_size=16, block=block, bias=bias)
+    assert MambaLanguageModel(config).num_parameters() == config.num_parameters()
 
 
 def test_derived_sizes():
@@ -82,6 +89,7 @@ def test_dict_round_trip_through_json():
         ({"dt_rank": 1537}, "dt_rank is 1537"),
         ({"bias": 1}, "bias is 1, not true or false"),
         ({"A_init": "hippo"}, "A_init is 'hippo', not one of"),
+        ({"block": "s4"}, "block is 's4', not one of"),
         ({"A_init": ["random"]}, "A_init is"),
         ({"selective": "dt"}, "selective is 'dt', not a list out of"),
         ({"selective": ("dt", "A")}, "selective is"),

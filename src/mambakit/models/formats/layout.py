@@ -90,5 +90,5 @@ def require_fields(config: MambaConfig, wanted: Mapping[str, Any], format: str) 
             )
 
 
-REAL_AND_SELECTIVE = {"selective": ("dt", "B", "C"), "is_complex": False}
+REAL_AND_SELECTIVE = {"block": "mamba", "selective": ("dt", "B", "C"), "is_complex": False}
 """What all programs but this one take for granted."""

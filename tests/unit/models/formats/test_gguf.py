@@ -192,7 +192,7 @@ def test_tokenizers_that_do_not_fit(tmp_path):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"expand": 3}, {"bias": True}, {"conv_bias": False}, {"selective": ("dt",)}, {"A_init": "s4d-lin"}],
+    [{"expand": 3}, {"bias": True}, {"conv_bias": False}, {"selective": ("dt",)}, {"A_init": "s4d-lin"}, {"block": "h3"}],
 )  # fmt: skip
 def test_models_that_llama_cpp_does_not_have(tmp_path, fields):
     with pytest.raises(ConfigError, match=r"the format 'gguf' has no model with"):

@@ -128,7 +128,9 @@ def test_what_is_left_out_has_the_defaults():
     assert LAYOUT.read({**sizes, "expand": 3}).d_inner == 24
 
 
-@pytest.mark.parametrize("fields", [{"selective": ("dt",)}, {"A_init": "s4d-lin"}])
+@pytest.mark.parametrize(
+    "fields", [{"selective": ("dt",)}, {"A_init": "s4d-lin"}, {"block": "ungated"}]
+)
 def test_models_without_a_word_in_the_format(tmp_path, fields):
     with pytest.raises(ConfigError, match=r"the format 'huggingface' has no model with"):
         save_model(make_model(**fields), tmp_path, "huggingface")

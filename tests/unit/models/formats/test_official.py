@@ -86,6 +86,7 @@ def test_models_that_are_not_known(tmp_path, changes, message):
     "fields",
     [
         {"selective": ("dt", "B")},
+        {"block": "h3"},
         {"A_init": "s4d-lin"},
         {"norm_epsilon": 1e-6},
         {"mixer_norm_epsilon": 1e-6},
