@@ -55,7 +55,10 @@ def test_states_that_a_warp_does_not_hold(d_state: int) -> None:
     assert not is_suitable(make_layer(d_state=d_state))
 
 
-@pytest.mark.parametrize("name", Layer._fields)
+TENSORS = [name for name, tensor in make_layer()._asdict().items() if tensor is not None]
+
+
+@pytest.mark.parametrize("name", TENSORS)
 def test_another_dtype(name: str) -> None:
     layer = make_layer()
     other = torch.float32 if getattr(layer, name).dtype == torch.bfloat16 else torch.bfloat16
@@ -77,6 +80,12 @@ def test_another_dtype_around_the_layers(name: str) -> None:
 
 def test_float64_is_none_of_theirs() -> None:
     assert not is_suitable(make_layer(torch.float64))
+
+
+def test_codes_are_none_of_theirs() -> None:
+    layer = make_layer()
+    codes = layer.in_proj.to(torch.int8)
+    assert not is_suitable(layer._replace(in_proj=codes, in_scales=torch.ones(2 * D_INNER, 1)))
 
 
 def test_states_in_a_pool() -> None:

@@ -6,7 +6,8 @@
 // takes BATCH rows of the batch.
 //
 // IO: type of x, z, y and dt_proj. X: type of low, B and C. PROJECTED: the projection has been done, and `dt_weight` is its
-// result, (B, D). Otherwise as in matvec.cuh, with ROWS = 1.
+// result, (B, D), which the kernel before may have written: not `__restrict__`, or it could be read before the wait.
+// Otherwise as in matvec.cuh, with ROWS = 1.
 #include "matvec.cuh"
 
 // Functions of one number. Half precision rounds more than the special function unit does; float32 does not.
@@ -22,7 +23,7 @@ __device__ __forceinline__ float sum_of_channel(float sum) {
 
 // steering: (B, R + 2 N), with low, B and C side by side. dt_weight: (D, R). A_log: (D, N). state: (B, D, N).
 extern "C" __global__ void __launch_bounds__(128, 4) decode_scan(
-    const IO* __restrict__ dt_weight, const float* __restrict__ dt_bias, const float* __restrict__ A_log,
+    const IO* dt_weight, const float* __restrict__ dt_bias, const float* __restrict__ A_log,
     const float* __restrict__ D, const X* steering, int64 steering_row, const IO* x, int64 x_row, const IO* z,
     int64 z_row, float* state, int64 state_batch, int64 state_channel, IO* y, int64 all_batch, int64 channels,
     int64 rank, int64 d_state) {
