@@ -93,6 +93,19 @@ def make_residual(layer: Layer, batch: int, dtype: torch.dtype) -> model_step.Re
     return model_step.Residual(stream, scaled.to(narrow), squares)
 
 
+Draw = tuple[list[Tensor], list[Tensor], list[Tensor]]
+
+
+def assert_accurate_over(draws: int, draw: Callable[[], Draw]) -> None:
+    """Compare many draws of (found, expected, exact) as one: of a few numbers the error is chance."""
+    found, expected, exact = zip(*(draw() for _ in range(draws)), strict=True)
+    assert_accurate(*(map(torch.cat, zip(*part, strict=True)) for part in (found, expected, exact)))
+
+
+def draws_for(sizes: dict) -> int:
+    return 10 if sizes["d_model"] < 50 else 1
+
+
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [17, 256, 1000])
@@ -109,9 +122,6 @@ def test_embedding(width: int, dtype: torch.dtype, index: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_in_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: int) -> None:
-    layer = make_layer(dtype, batch, **sizes)
-    residual = make_residual(layer, batch, dtype)
-
     def reference(layer: Layer, stream: Tensor) -> list[Tensor]:
         normed = ops.rms_norm(stream, layer.norm, EPS, backend="reference")
         x, z = linear(normed.to(layer.in_proj.dtype), layer.in_proj).chunk(2, dim=-1)
@@ -119,10 +129,15 @@ def test_in_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: i
         x = ops.causal_conv1d_step(state, x, weight, layer.conv_bias, "silu", backend="reference")
         return [x, z, state]
 
-    expected = reference(layer, residual.stream)
-    exact = reference(wide(layer), residual.stream.double())
-    x, z = model_step.in_proj(layer, residual, EPS)
-    assert_accurate([x, z, layer.conv_state], expected, exact)
+    def draw() -> Draw:
+        layer = make_layer(dtype, batch, **sizes)
+        residual = make_residual(layer, batch, dtype)
+        expected = reference(layer, residual.stream)
+        exact = reference(wide(layer), residual.stream.double())
+        x, z = model_step.in_proj(layer, residual, EPS)
+        return [x, z, layer.conv_state], expected, exact
+
+    assert_accurate_over(draws_for(sizes), draw)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
@@ -193,25 +208,27 @@ def test_scan_after_the_projection_of_dt(sizes: dict, dtype: torch.dtype, batch:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_out_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: int) -> None:
-    layer = make_layer(dtype, batch, **sizes)
-    residual = make_residual(layer, batch, dtype)
-    y = torch.randn(batch, 2 * sizes["d_model"], device=DEVICE).to(dtype)
-    norm = torch.randn_like(layer.norm)
-
     def reference(layer: Layer, y: Tensor, stream: Tensor, norm: Tensor) -> list[Tensor]:
         normed, total = ops.add_rms_norm(
             linear(y, layer.out_proj), stream, norm, EPS, backend="reference"
         )
         return [total, normed]
 
-    before = residual.stream.clone()
-    expected = reference(layer, y, before, norm)
-    exact = reference(wide(layer), y.double(), before.double(), norm.double())
-    after = model_step.out_proj(layer, y, residual, norm)
-    assert after.stream is residual.stream
-    scale = (after.squares.sum(1) / norm.numel() + EPS).rsqrt()
-    normed = (after.scaled.float() * scale[:, None]).to(dtype)
-    assert_accurate([after.stream, normed], expected, exact)
+    def draw() -> Draw:
+        layer = make_layer(dtype, batch, **sizes)
+        residual = make_residual(layer, batch, dtype)
+        y = torch.randn(batch, 2 * sizes["d_model"], device=DEVICE).to(dtype)
+        norm = torch.randn_like(layer.norm)
+        before = residual.stream.clone()
+        expected = reference(layer, y, before, norm)
+        exact = reference(wide(layer), y.double(), before.double(), norm.double())
+        after = model_step.out_proj(layer, y, residual, norm)
+        assert after.stream is residual.stream
+        scale = (after.squares.sum(1) / norm.numel() + EPS).rsqrt()
+        normed = (after.scaled.float() * scale[:, None]).to(dtype)
+        return [after.stream, normed], expected, exact
+
+    assert_accurate_over(draws_for(sizes), draw)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
@@ -295,10 +312,10 @@ def in_double(
 def test_a_step_is_as_accurate_as_the_modules(
     fields: dict[str, Any], dtype: torch.dtype, batch: int
 ) -> None:
-    # With one state, B is one number a row, and its error is chance: many draws are compared as one.
-    found, expected, exact = [], [], []
-    for seed in range(20 if fields.get("d_state") == 1 else 3):
-        model = make_model(dtype, seed, **fields)
+    seeds = iter(range(20))
+
+    def draw() -> Draw:
+        model = make_model(dtype, next(seeds), **fields)
         tokens, state = read(model, batch)
         beside = state.clone()
         exact_model, exact_state = in_double(model, state)
@@ -307,12 +324,12 @@ def test_a_step_is_as_accurate_as_the_modules(
             of_modules = by_modules(model, tokens[:, t], beside)
             truth = by_modules(exact_model, tokens[:, t], exact_state)
         assert logits.dtype == dtype
-        found.append([logits, *numbers(state)])
-        expected.append([of_modules, *numbers(beside)])
-        exact.append([truth, *numbers(exact_state)])
-    assert_accurate(
-        *(map(torch.cat, zip(*draws, strict=True)) for draws in (found, expected, exact))
-    )
+        return (
+            [logits, *numbers(state)], [of_modules, *numbers(beside)], [truth, *numbers(exact_state)]
+        )  # fmt: skip
+
+    # With one state, B is one number a row.
+    assert_accurate_over(20 if fields.get("d_state") == 1 else 3, draw)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
