@@ -116,7 +116,7 @@ def _scan(device: torch.device) -> Iterator[tuple[str, ...]]:
         y = scan(choice.backend)
         backward = partial(torch.autograd.grad, y, inputs, torch.ones_like(y), retain_graph=True)
         seconds = (forward_seconds, _seconds(backward, device))
-        yield choice.backend, *(f"{seqlen * d_inner / 1e6 / s:,.1f}" for s in seconds)
+        yield choice.backend, *(_rate(seqlen * d_inner / 1e6 / s) for s in seconds)
 
 
 def _model_rates(
@@ -135,11 +135,16 @@ def _model_rates(
         optimizer.step()
         optimizer.zero_grad()
 
-    yield "-" if model.quantisation else f"{seqlen / _seconds(train, device):,.1f}"
+    yield "-" if model.quantisation else _rate(seqlen / _seconds(train, device))
     reader = copy.deepcopy(model).to(dtype)
     _, state = reader.prefill(tokens)
-    yield f"{seqlen / _seconds(partial(reader.prefill, tokens), device):,.1f}"
-    yield f"{1 / _seconds(partial(reader.step, tokens[:, 0], state), device):,.1f}"
+    yield _rate(seqlen / _seconds(partial(reader.prefill, tokens), device))
+    yield _rate(1 / _seconds(partial(reader.step, tokens[:, 0], state), device))
+
+
+def _rate(value: float) -> str:
+    """With three digits at least, so that what is slow is not zero."""
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
