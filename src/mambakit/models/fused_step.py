@@ -102,28 +102,27 @@ def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
 
 def _layer(modules: tuple[Any, ...], state: MixerState) -> Layer:
     """The tensors of a layer."""
-    _, norm, mixer, *projections, out_proj = modules
-    in_proj, conv, x_proj, dt_proj = projections
+    _, norm, mixer, in_proj, conv, x_proj, dt_proj, out_proj = modules
     (w_in, s_in), (w_x, s_x), (w_dt, s_dt), (w_out, s_out) = map(
         _matrix, (in_proj, x_proj, dt_proj, out_proj)
     )
     return Layer(
-        norm._parameters["weight"],
-        w_in,
-        conv._parameters["weight"],
-        conv._parameters["bias"],
-        w_x,
-        w_dt,
-        dt_proj._parameters["bias"],
-        mixer._parameters["A_log"],
-        mixer._parameters["D"],
-        w_out,
-        state.conv_state,
-        state.ssm_state,
-        s_in,
-        s_x,
-        s_dt,
-        s_out,
+        norm=norm._parameters["weight"],
+        in_proj=w_in,
+        conv=conv._parameters["weight"],
+        conv_bias=conv._parameters["bias"],
+        x_proj=w_x,
+        dt_proj=w_dt,
+        dt_bias=dt_proj._parameters["bias"],
+        A_log=mixer._parameters["A_log"],
+        D=mixer._parameters["D"],
+        out_proj=w_out,
+        conv_state=state.conv_state,
+        ssm_state=state.ssm_state,
+        in_scales=s_in,
+        x_scales=s_x,
+        dt_scales=s_dt,
+        out_scales=s_out,
     )
 
 
