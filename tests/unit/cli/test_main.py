@@ -45,9 +45,15 @@ def test_help_loads_no_torch_and_answers_at_once(args: list[str]) -> None:
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "print('torch' in sys.modules, time.process_time(), file=sys.stderr)\n"
     )
-    loaded, seconds = run_python(code, *args).stderr.split()
-    assert loaded == "False"
-    assert float(seconds) < 0.5
+    times = []
+    # The best of three: the first reads modules from disk, and a busy machine stretches processor time too.
+    for _ in range(3):
+        loaded, seconds = run_python(code, *args).stderr.split()
+        assert loaded == "False"
+        times.append(float(seconds))
+        if times[-1] < 0.5:
+            return
+    pytest.fail(f"took {times} s of processor time, more than 0.5")
 
 
 def test_an_unknown_command_gets_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
