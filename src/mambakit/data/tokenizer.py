@@ -188,8 +188,6 @@ class JsonTokenizer:
 
     def decode_bytes(self, ids: Ids) -> bytes:
         """Bytes of ids; the document separator has none."""
-        import numpy as np
-
         table = self._bytes_of_id
         return b"".join([table[i] for i in _checked_ids(ids, self.vocab_size).tolist()])
 
