@@ -117,6 +117,10 @@ WANTED = {"config.json", "tokenizer.json", "tokenizer_config.json"}
             {"pytorch_model.bin.index.json", "pytorch_model-1-of-2.bin"},
             {"pytorch_model.bin.index.json", "pytorch_model-1-of-2.bin"},
         ),
+        (
+            {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"},
+            {"adapter_config.json", "adapter_model.safetensors"},
+        ),
     ],
 )
 def test_only_what_is_needed_is_fetched(hub, files, fetched):
