@@ -32,6 +32,7 @@ from mambakit.train.memory import check_fits
 from mambakit.train.metrics import RunLog, Throughput
 from mambakit.train.optimizer import make_optimizer
 from mambakit.train.schedule import learning_rate
+from mambakit.train.start import check_trainable, make_adapter, open_start
 from mambakit.train.step_graph import StepGraph
 
 MAX_SKIPPED = 50
@@ -58,7 +59,8 @@ class Trainer:
 
     Args:
         config: The run.
-        model: Model to train. Default: a new one, from `config.model` and `config.seed`.
+        model: Model to train. Default: that of `config.init_from`, or a new one, from `config.model`
+            and `config.seed`.
         callbacks: Called in the first process only; see `Callback`.
         overwrite: Start afresh and remove what an earlier run left in the run folder.
 
@@ -66,11 +68,14 @@ class Trainer:
         step: Optimizer steps done.
         changes: What differs from the config of the run that this one goes on with.
         model: The model in training, float32, on its device.
+        adapter: What is trained of it, if not all.
         tokenizer: The tokenizer of the data.
         log: Of the running `fit`.
 
     Raises:
-        ConfigError: The config does not fit the data, the machine, or the run that it should go on with.
+        ConfigError: The config does not fit the data, the machine, the checkpoint that it starts
+            from, or the run that it should go on with.
+        CheckpointError: The checkpoint that it starts from cannot be opened.
         DataError: The data cannot be used.
         MambakitError: The run folder cannot be written.
 
@@ -113,11 +118,11 @@ class Trainer:
         )
         if config.precision == "bfloat16":
             check_bfloat16(self.world.device)
-        check_fits(config.model, self.world.device)
+        check_fits(config, self.world.device)
         torch.manual_seed(config.seed)
-        model = model or MambaLanguageModel(config.model)
-        self.model = model.to(self.world.device, torch.float32)
+        self.model = self._first_model(model, overwrite).to(self.world.device, torch.float32)
         self.model.activation_checkpointing = config.activation_checkpointing
+        self.adapter = make_adapter(self.model, config)
         self.optimizer = make_optimizer(self.model, config)
         self._learning_rate = partial(
             learning_rate,
@@ -135,6 +140,16 @@ class Trainer:
             self._loss = DistributedDataParallel(self._loss)
         elif config.cuda_graph and self.world.device.type == "cuda":
             self._update = StepGraph(self._run_update)
+
+    def _first_model(self, model: MambaLanguageModel | None, overwrite: bool) -> MambaLanguageModel:
+        """The model that is given, that of a checkpoint, or a new one; a run that goes on has its own."""
+        config = self.config
+        goes_on = not overwrite and checkpointing.list_checkpoints(config.out)
+        if model is None and config.init_from is not None and (config.lora or not goes_on):
+            model = open_start(config, self.tokenizer, self.world.device)
+        model = model or MambaLanguageModel(config.model)
+        check_trainable(model)
+        return model
 
     def _open_run(self, overwrite: bool) -> None:
         """Go on with the run in the run folder, if any, and show that the folder can be written."""
@@ -301,7 +316,13 @@ class Trainer:
             "random": checkpointing.random_state(),
         }
         folder = checkpointing.save_checkpoint(
-            self.config.out, self.step, self.model, self.tokenizer, state, self.config.keep
+            self.config.out,
+            self.step,
+            self.model,
+            self.tokenizer,
+            state,
+            self.config.keep,
+            self.adapter,
         )
         self.log.draw()
         for callback in self.callbacks:
@@ -311,7 +332,10 @@ class Trainer:
         """Take everything up as a checkpoint has it."""
         state = checkpointing.load_training_state(checkpoint)
         self.changes = run_folder.compare(state["identity"], self._identity(), self.config.out)
-        self.model.load_state_dict(load_model(checkpoint).state_dict())
+        if self.adapter is None:
+            self.model.load_state_dict(load_model(checkpoint).state_dict())
+        else:
+            self.adapter.load(checkpoint)
         # Learning rate, betas and weight decay are those of the config, which may have changed.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
@@ -324,22 +348,28 @@ class Trainer:
         return {
             **self.config.to_dict(),
             "data_content": self.dataset.content,
+            "base_content": self.adapter.fingerprint if self.adapter else None,
             "processes": self.world.size,
         }
 
     def _check_model(self, model: MambaLanguageModel | None) -> None:
         shape, vocab_size = self.config.model, self.tokenizer.vocab_size
+        start = self.config.init_from
         if shape.vocab_size < vocab_size:
+            remedy = (
+                f"set vocab_size = {vocab_size}"
+                if start is None
+                else f"prepare the text with the tokenizer of {start}"
+            )
             raise ConfigError(
                 f"model config: vocab_size is {shape.vocab_size}, but the tokenizer of "
-                f"{self.config.data} has {vocab_size} ids; set vocab_size = {vocab_size}"
+                f"{self.config.data} has {vocab_size} ids; {remedy}"
             )
         if model is not None and model.config != shape:
             raise ConfigError("training config: model is not the config of the model that is given")
-        if model is not None and model.quantisation is not None:
+        if model is not None and start is not None:
             raise ConfigError(
-                f"training: the model is quantised to {model.quantisation.bits} bits, which have no "
-                "gradient; train the float model it came from"
+                f"training config: init_from is {start!r}, but a model is given too; give one of them"
             )
 
     def _autocast(self) -> torch.autocast:
