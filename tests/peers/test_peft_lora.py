@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mambakit.generate import Engine, Request, SamplingOptions
-from mambakit.models import FORMATS, MambaConfig, MambaLanguageModel, fused_step, load_model
+from mambakit.models import FORMATS, MambaConfig, MambaLanguageModel, load_model
 from mambakit.nn import mixer as mixer_module
 
 peft = pytest.importorskip("peft")
@@ -111,16 +111,15 @@ def test_every_way_to_read_gives_what_the_merged_model_gives(fields):
         torch.testing.assert_close(logits, expected[:, position], rtol=1e-5, atol=1e-5)
 
 
-def test_the_compiled_step_is_for_merged_weights_alone():
-    adapted = adapt(make_model(), ["x_proj"])
-    model, plain = adapted.base_model.model, merged(adapted)
+@pytest.mark.parametrize("target", MIXER)
+def test_one_adapter_is_enough_to_leave_the_compiled_step(target):
+    adapted = adapt(make_model(), [target])
     ids = tokens()[:, 0]
-    states = [m.initial_state(2) for m in (model, plain)]
-    assert fused_step.fused_step(model, ids, states[0]) is None
-    with torch.no_grad():
-        by_kernel = fused_step.fused_step(plain, ids, states[1])
-    assert by_kernel is not None
-    torch.testing.assert_close(model.step(ids, states[0]), by_kernel, rtol=1e-5, atol=1e-5)
+    states = [make_model().initial_state(2) for _ in range(2)]
+    logits = adapted.base_model.model.step(ids, states[0])
+    torch.testing.assert_close(logits, merged(adapted).step(ids, states[1]), rtol=1e-5, atol=1e-5)
+    for one, other in zip(*(state.layers for state in states), strict=True):
+        torch.testing.assert_close(one.ssm_state, other.ssm_state, rtol=1e-5, atol=1e-5)
 
 
 def test_generation_is_that_of_the_merged_model():
