@@ -39,12 +39,12 @@ def make_model(**fields: Any) -> MambaLanguageModel:
 
 def adapt(model: MambaLanguageModel, targets: list[str] = MIXER, **options: Any) -> Any:
     """With values that are not those of the start, when nothing has changed."""
+    options = {"init_lora_weights": False, **options}
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, **options)
-    config.init_lora_weights = False
     adapted = peft.get_peft_model(model, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.2 * torch.randn_like(parameter)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
     return adapted.eval()
 
 
@@ -201,11 +201,24 @@ def test_peft_saves_and_loads(tmp_path):
     assert torch.equal(by_itself(ids)[0], expected)
 
 
-def test_load_model_merges_what_peft_saved(tmp_path, monkeypatch):
-    make_model().save_pretrained(tmp_path / "base")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True, "rank_pattern": {"x_proj": 5}},
+        {"bias": "all"},
+        {"init_lora_weights": "pissa"},
+        {"use_dora": True, "exclude_modules": ["dt_proj"]},
+        {"modules_to_save": ["lm_head"]},
+        {"layers_to_transform": [1], "layers_pattern": "layers", "alpha_pattern": {"in_proj": 2}},
+    ],
+    ids=str,
+)
+def test_load_model_merges_what_peft_saved(tmp_path, monkeypatch, options):
+    make_model(tie_embeddings=False).save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    adapted = adapt(load_model("base"), use_rslora=True, rank_pattern={"x_proj": 5})
+    adapted = adapt(load_model("base"), **options)
     adapted.save_pretrained("adapter")
     monkeypatch.chdir("/" if os.name != "nt" else Path.home())
     model, ids = load_model(tmp_path / "adapter"), tokens()
     torch.testing.assert_close(model(ids)[0], adapted(ids)[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(ids)[0], load_model(tmp_path / "base")(ids)[0], atol=1e-2)

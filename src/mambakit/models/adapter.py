@@ -68,7 +68,8 @@ class Adapter:
         try:
             self._peft = _package().get_peft_model(model, config)
         except ValueError as error:  # None of the modules is there, or peft cannot wrap one.
-            raise ConfigError(f"adapter: {str(error).partition('.')[0]}") from error
+            reason = str(error).partition(".")[0]
+            raise ConfigError(f"adapter: {reason}; name layers that it has") from error
 
     @classmethod
     def new(
@@ -118,9 +119,9 @@ class Adapter:
         with atomic_write(folder / WEIGHTS) as partial:
             save_file(self._state_dict(), partial, metadata)
         kind = type(self._model)
+        fields = self._config.to_dict()
         description = {
-            **self._config.to_dict(),
-            "target_modules": sorted(self._config.target_modules),
+            **{k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()},
             "inference_mode": True,
             "auto_mapping": {
                 "base_model_class": kind.__name__,

@@ -124,8 +124,9 @@ def load_model(
         UserWarning: Weights are NaN or infinite.
     """
     folder = locate(source, revision)
+    name = os.path.abspath(folder) if folder == Path(source) else os.fspath(source)
     if is_adapter(folder):
-        return _load_merged(folder, device, dtype)
+        return _load_merged(folder, name, device, dtype)
     config, quantisation, layout = _understand(folder)
     with torch.device("meta"):
         model = MambaLanguageModel(config)
@@ -139,13 +140,12 @@ def load_model(
     embedding: Any = model.backbone.embedding
     if isinstance(embedding, QuantisedEmbedding):
         embedding.dtype = model.backbone.norm_f.weight.dtype
-    is_here = folder == Path(source)
-    model.name_or_path = os.path.abspath(folder) if is_here else os.fspath(source)
+    model.name_or_path = name
     return model
 
 
 def _load_merged(
-    folder: Path, device: torch.device | str, dtype: torch.dtype | None
+    folder: Path, name: str, device: torch.device | str, dtype: torch.dtype | None
 ) -> MambaLanguageModel:
     """The model that an adapter changes, with it."""
     base = base_of(folder)
@@ -157,7 +157,7 @@ def _load_merged(
         ) from error
     dtype = dtype or model.backbone.norm_f.weight.dtype
     Adapter.open(model.float(), folder).merge()
-    model.name_or_path = os.path.abspath(folder)
+    model.name_or_path = name
     return model.to(dtype)
 
 
