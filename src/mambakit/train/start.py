@@ -16,6 +16,32 @@ from mambakit.train.checkpointing import find_model
 from mambakit.train.config import TrainConfig
 
 
+def check_config(
+    config: TrainConfig, tokenizer: Tokenizer, model: MambaLanguageModel | None
+) -> None:
+    """Raise ConfigError unless the model that the config describes fits the tokenizer, and is the one given, if any."""
+    start, vocab_size = config.init_from, tokenizer.vocab_size
+    if config.model.vocab_size < vocab_size:
+        remedy = (
+            f"set vocab_size = {vocab_size}"
+            if start is None
+            else f"prepare the text with the tokenizer of {start}"
+        )
+        raise ConfigError(
+            f"model config: vocab_size is {config.model.vocab_size}, but the tokenizer of "
+            f"{config.data} has {vocab_size} ids; {remedy}"
+        )
+    if model is None:
+        return
+    if model.config != config.model:
+        raise ConfigError("training config: model is not the config of the model that is given")
+    if start is not None:
+        raise ConfigError(
+            f"training config: init_from is {start!r}, but a model is given too; give one of them"
+        )
+    _check_trainable(model)
+
+
 def find_start(source: str) -> str:
     """What `load_model` takes for the checkpoint, run folder or hub id that a user names."""
     return str(find_model(Path(source))) if Path(source).exists() else source
@@ -33,6 +59,7 @@ def open_start(
     assert config.init_from is not None
     source = find_start(config.init_from)
     model = load_model(source, device, torch.float32)
+    _check_trainable(model)
     wanted, found = config.model.to_dict(), model.config.to_dict()
     if different := [f"{key} = {found[key]!r}" for key in found if found[key] != wanted[key]]:
         raise ConfigError(
@@ -49,8 +76,7 @@ def open_start(
     return model
 
 
-def check_trainable(model: MambaLanguageModel) -> None:
-    """Raise ConfigError if the model has no float weights."""
+def _check_trainable(model: MambaLanguageModel) -> None:
     if model.quantisation is not None:
         raise ConfigError(
             f"training: the model is quantised to {model.quantisation.bits} bits, which have no "

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mambakit.data.dataset import TokenDataset
 from mambakit.data.loader import Loader, windows
-from mambakit.errors import ConfigError, TrainingError
+from mambakit.errors import TrainingError
 from mambakit.evaluate.perplexity import count_bytes, score
 from mambakit.models.checkpoint import load_model
 from mambakit.models.language_model import MambaLanguageModel
@@ -32,7 +32,7 @@ from mambakit.train.memory import check_fits
 from mambakit.train.metrics import RunLog, Throughput
 from mambakit.train.optimizer import make_optimizer
 from mambakit.train.schedule import learning_rate
-from mambakit.train.start import check_trainable, make_adapter, open_start
+from mambakit.train.start import check_config, make_adapter, open_start
 from mambakit.train.step_graph import StepGraph
 
 MAX_SKIPPED = 50
@@ -104,7 +104,7 @@ class Trainer:
         has_valid = "valid" in self.dataset.manifest.splits
         self._valid = TokenDataset(config.data, "valid") if has_valid else None
         self._bytes_per_token = count_bytes(self.tokenizer)
-        self._check_model(model)
+        check_config(config, self.tokenizer, model)
         self.world = World.join(config.device)
         self.callbacks = callbacks if self.world.is_main else ()
         self.loader = Loader(
@@ -120,7 +120,12 @@ class Trainer:
             check_bfloat16(self.world.device)
         check_fits(config, self.world.device)
         torch.manual_seed(config.seed)
-        self.model = self._first_model(model, overwrite).to(self.world.device, torch.float32)
+        goes_on = not overwrite and checkpointing.list_checkpoints(config.out)
+        # A run that goes on has its weights in its checkpoint, but for those beneath adapters.
+        if config.init_from is not None and (config.lora or not goes_on):
+            model = open_start(config, self.tokenizer, self.world.device)
+        model = model or MambaLanguageModel(config.model)
+        self.model = model.to(self.world.device, torch.float32)
         self.model.activation_checkpointing = config.activation_checkpointing
         self.adapter = make_adapter(self.model, config)
         self.optimizer = make_optimizer(self.model, config)
@@ -140,16 +145,6 @@ class Trainer:
             self._loss = DistributedDataParallel(self._loss)
         elif config.cuda_graph and self.world.device.type == "cuda":
             self._update = StepGraph(self._run_update)
-
-    def _first_model(self, model: MambaLanguageModel | None, overwrite: bool) -> MambaLanguageModel:
-        """The model that is given, that of a checkpoint, or a new one; a run that goes on has its own."""
-        config = self.config
-        goes_on = not overwrite and checkpointing.list_checkpoints(config.out)
-        if model is None and config.init_from is not None and (config.lora or not goes_on):
-            model = open_start(config, self.tokenizer, self.world.device)
-        model = model or MambaLanguageModel(config.model)
-        check_trainable(model)
-        return model
 
     def _open_run(self, overwrite: bool) -> None:
         """Go on with the run in the run folder, if any, and show that the folder can be written."""
@@ -351,26 +346,6 @@ class Trainer:
             "base_content": self.adapter.fingerprint if self.adapter else None,
             "processes": self.world.size,
         }
-
-    def _check_model(self, model: MambaLanguageModel | None) -> None:
-        shape, vocab_size = self.config.model, self.tokenizer.vocab_size
-        start = self.config.init_from
-        if shape.vocab_size < vocab_size:
-            remedy = (
-                f"set vocab_size = {vocab_size}"
-                if start is None
-                else f"prepare the text with the tokenizer of {start}"
-            )
-            raise ConfigError(
-                f"model config: vocab_size is {shape.vocab_size}, but the tokenizer of "
-                f"{self.config.data} has {vocab_size} ids; {remedy}"
-            )
-        if model is not None and model.config != shape:
-            raise ConfigError("training config: model is not the config of the model that is given")
-        if model is not None and start is not None:
-            raise ConfigError(
-                f"training config: init_from is {start!r}, but a model is given too; give one of them"
-            )
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.precision == "bfloat16"
