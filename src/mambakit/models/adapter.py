@@ -183,6 +183,11 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not (folder / CONFIG_FILE).is_file()
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether peft has wrapped a layer."""
+    return any(name.endswith(".base_layer") for name, _ in model.named_modules())
+
+
 def base_of(folder: Path) -> str:
     """Folder or hub id of the checkpoint that an adapter changes.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mambakit.errors import ArgumentError, CheckpointError, ConfigError
 from mambakit.files import atomic_write
-from mambakit.models.adapter import Adapter, base_of, is_adapter
+from mambakit.models.adapter import Adapter, base_of, has_adapters, is_adapter
 from mambakit.models.config import MambaConfig
 from mambakit.models.fit import check_fit, joined, tied_head
 from mambakit.models.formats import huggingface, mambakit, official
@@ -67,7 +67,7 @@ def save_model(
             f"format: got {format!r}, but the model is quantised, wanted {mambakit.NAME!r}; "
             "save the float model it came from"
         )
-    if any("base_layer" in name for name, _ in model.named_modules()):
+    if has_adapters(model):
         raise ArgumentError(
             "model: has adapters, which no format has; save merge_and_unload() of its PeftModel, "
             "or the adapters with its save_pretrained"

@@ -8,7 +8,7 @@ import torch
 
 from mambakit.data.tokenizer import Tokenizer, load_tokenizer
 from mambakit.errors import ConfigError
-from mambakit.models.adapter import Adapter
+from mambakit.models.adapter import Adapter, has_adapters
 from mambakit.models.checkpoint import load_model
 from mambakit.models.hub import locate
 from mambakit.models.language_model import MambaLanguageModel
@@ -77,6 +77,10 @@ def open_start(
 
 
 def _check_trainable(model: MambaLanguageModel) -> None:
+    if has_adapters(model):
+        raise ConfigError(
+            "training: the model has adapters already; merge them, and let the run add its own (lora = true)"
+        )
     if model.quantisation is not None:
         raise ConfigError(
             f"training: the model is quantised to {model.quantisation.bits} bits, which have no "

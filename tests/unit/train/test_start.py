@@ -236,6 +236,13 @@ def test_another_model_than_the_checkpoint_has(make_config: MakeConfig, base: Pa
         Trainer(make_config(init_from=str(base), model=small))
 
 
+def test_a_model_with_adapters_of_its_own(make_config: MakeConfig) -> None:
+    model = MambaLanguageModel(MODEL)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["x_proj"]))
+    with pytest.raises(ConfigError, match="has adapters already; merge them"):
+        Trainer(make_config(), model=model)
+
+
 def test_text_of_another_tokenizer(make_config: MakeConfig, base: Path, tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {"<|endoftext|>": 0, **{chr(97 + i): i + 1 for i in range(26)}}
