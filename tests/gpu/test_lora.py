@@ -104,14 +104,16 @@ def make_config(tmp_path: Path) -> Callable[..., TrainConfig]:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("checkpointed", [False, True])
 def test_training_is_the_same_in_a_cuda_graph(
-    make_config: Callable[..., TrainConfig], precision: Any, dropout: float
+    make_config: Callable[..., TrainConfig], precision: Any, dropout: float, checkpointed: bool
 ) -> None:
     results = []
     for cuda_graph in (False, True):
         config = make_config(
-            str(cuda_graph), cuda_graph=cuda_graph, precision=precision, lora_dropout=dropout
-        )
+            str(cuda_graph), cuda_graph=cuda_graph, precision=precision, lora_dropout=dropout,
+            activation_checkpointing=checkpointed,
+        )  # fmt: skip
         trainer = Trainer(config)
         trainer.fit()
         trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}

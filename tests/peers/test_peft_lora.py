@@ -149,6 +149,25 @@ def test_autocast_and_dropout():
     )
 
 
+@pytest.mark.parametrize("way", ["recomputed", "joined", "checkpointed"], indirect=True)
+def test_dropout_is_the_same_where_something_is_run_again(way, monkeypatch):
+    adapted = adapt(make_model(), lora_dropout=0.5).train()
+    model, ids = adapted.base_model.model, tokens()
+    gradients = []
+    for again in (True, False):
+        if not again:
+            monkeypatch.setattr(mixer_module, "RECOMPUTES_ON", ())
+            monkeypatch.setattr(mixer_module, "JOINS_ON", ())
+        model.activation_checkpointing = again and way == "checkpointed"
+        torch.manual_seed(3)
+        model.loss(ids, ids)[0].backward()
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+        gradients.append([p.grad.clone() for p in trained])
+        adapted.zero_grad()
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
 def test_half_precision_keeps_the_recurrence_in_float32():
     adapted = adapt(make_model())
     model = adapted.base_model.model.bfloat16()
