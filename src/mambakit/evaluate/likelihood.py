@@ -23,6 +23,9 @@ HEAD_TOKENS = 256
 CPU_ROWS = 16
 """Continuations of one context read at once on a CPU."""
 
+WORTH_SHARING = 32
+"""A context is read by itself if that saves so many tokens: a pass through the model has its own cost."""
+
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
@@ -57,14 +60,13 @@ def log_likelihoods(
 ) -> Iterator[tuple[int, Likelihood]]:
     """Sum ln p(token | context, tokens before it) over each continuation.
 
-    A context that several continuations follow is read once, to its last token but one; each
-    continuation goes on from a copy of the state. Of continuations that differ in their last token
-    only, one is read.
+    A context that several continuations follow is read once; each continuation goes on from a copy
+    of the state. Of continuations that differ in their last token only, one is read.
 
-    On a GPU, contexts of equal length are read together, as are continuations, which are padded at
-    the right, where a padded position changes none before it. The result depends on the batch up to the
-    rounding of sums. On a CPU a context is read alone, and then its continuations: so a result does
-    not depend on batch_size or other contexts at all, and little would be gained.
+    On a GPU, contexts of equal length are read together, and continuations of any lengths: they are
+    padded at the right, which changes nothing before it. The result depends on the batch up to the
+    rounding of sums. On a CPU a context is read alone, and then its continuations together, whatever
+    batch_size is, so that the result, bit for bit, depends on nothing else.
 
     Args:
         model: In evaluation mode.
@@ -96,14 +98,23 @@ def log_likelihoods(
                 f"pairs[{index}]: got an empty context, wanted at least one token; "
                 "to start from nothing, give the id that separates documents"
             )
+        if max(continuation, default=0) >= model.config.vocab_size:
+            raise ArgumentError(
+                f"pairs[{index}]: got id {max(continuation)}, wanted ids below "
+                f"{model.config.vocab_size}, the vocab_size of the model"
+            )
         if not continuation:
             yield index, Likelihood(0.0, True)
-    is_cpu = next(model.parameters()).device.type == "cpu"
-    contexts, rows = (1, CPU_ROWS) if is_cpu else (batch_size, batch_size)
+    contexts, rows = _at_once(next(model.parameters()).device, batch_size)
     groups = sorted(_groups(pairs), key=_length, reverse=True)
     for _, alike in itertools.groupby(groups, key=lambda group: len(group.prefix)):
         while batch := list(itertools.islice(alike, contexts)):
             yield from _score_groups(model, batch, rows)
+
+
+def _at_once(device: torch.device, batch_size: int) -> tuple[int, int]:
+    """How many contexts, and how many rows after them, are read at once."""
+    return (1, CPU_ROWS) if device.type == "cpu" else (batch_size, batch_size)
 
 
 def _groups(pairs: Sequence[Pair]) -> Iterator[_Group]:
@@ -115,8 +126,9 @@ def _groups(pairs: Sequence[Pair]) -> Iterator[_Group]:
             row = rows.setdefault(read, _Row(tokens=read))
             row.continuations.append((index, continuation))
     for known, rows in contexts.items():
-        # Its last token predicts, so it is read with each row.
-        shared = len(known) - 1 if len(rows) > 1 else 0
+        shared = len(known) - 1  # The last token predicts, so it is read with each row.
+        if (len(rows) - 1) * shared < WORTH_SHARING:
+            shared = 0
         whole = [_Row(known[shared:] + row.tokens, row.continuations) for row in rows.values()]
         yield _Group(known[:shared], whole)
 

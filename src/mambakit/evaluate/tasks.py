@@ -54,10 +54,10 @@ def evaluate_tasks(
         raise ArgumentError(f"include_path: {include_path} is no folder")
     # Its processes would be forks of this one, which has threads, and perhaps a GPU.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    manager = _Tasks(include_path=None if include_path is None else os.fspath(include_path))
+    manager, names = _find(tasks, include_path)
     results: Results = simple_evaluate(
         model=model,
-        tasks=_named(tasks, manager),
+        tasks=names,
         limit=limit,
         num_fewshot=num_fewshot,
         batch_size=getattr(model, "batch_size", None),
@@ -84,10 +84,16 @@ class _Tasks(TaskManager):  # type: ignore[misc]  # lm_eval ships no types.
             ) from error
 
 
-def _named(names: Sequence[str], manager: TaskManager) -> list[str]:
-    """The tasks that names, wildcards and files mean, each once."""
+def _find(
+    names: Sequence[str], include_path: str | os.PathLike[str] | None
+) -> tuple[TaskManager, list[str]]:
+    """The tasks that names, wildcards and files mean, each once, and who loads them."""
     if not names:
         raise ArgumentError("tasks: got none, wanted names such as lambada_openai")
+    own = None if include_path is None else os.fspath(include_path)
+    manager = _Tasks(include_path=own, include_defaults=False)
+    if not set(names) <= set(manager.all_subtasks):
+        manager = _Tasks(include_path=own)  # Reads all files of lm_eval: ten seconds.
     found: dict[str, None] = {}
     for name in names:
         is_file = name.endswith((".yaml", ".yml")) and Path(name).is_file()
@@ -99,4 +105,4 @@ def _named(names: Sequence[str], manager: TaskManager) -> list[str]:
                 f"tasks: got {name!r}, wanted a task of lm_eval or a YAML file; {hint}"
             )
         found.update(dict.fromkeys(matches))
-    return list(found)
+    return manager, list(found)
