@@ -3,7 +3,8 @@
     python benchmarks/generation.py --device cpu        # the tables
     python benchmarks/generation.py --device cpu --json benchmarks/results/generation-cpu.json
 
-Also the products of a decoding step: `linear_step` beside PyTorch's, for every matrix of the model in float32.
+Beside it llama.cpp with the same weights, where llama-cpp-python is installed (pip builds it with a compiler). Also the
+products of a decoding step: `linear_step` beside PyTorch's, for every matrix of the model in float32.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+import llama_cpp_speed
 from mambakit.models import MambaLanguageModel, Quantisation, preset, quantise
 from mambakit.ops.linear import linear_step
 from report import Measurement, environment, measure, print_table, save
@@ -56,14 +58,15 @@ def writing(model: MambaLanguageModel, batch: int) -> tuple[Measurement, Measure
     """
     state = model.initial_state(batch)
     tokens = torch.randint(model.config.vocab_size, (batch,))
-    model.step(tokens, state)
+    step = model.prepared_step(state)  # As the engine does.
+    step(tokens)
     numbers = torch.ones(weight_bytes(model) // 4)
     steps, sums = [], []
     for _ in range(ROUNDS):
         time.sleep(
             0.05
         )  # PyTorch's threads spin for a while after the sum, in the way of the next step's.
-        for times, function in ((steps, lambda: model.step(tokens, state)), (sums, numbers.sum)):
+        for times, function in ((steps, lambda: step(tokens)), (sums, numbers.sum)):
             for _ in range(STEPS):
                 start = time.perf_counter()
                 function()
@@ -115,6 +118,14 @@ def main() -> None:
                 cells.append(f"{roof.median:.0f}")
         results[name] = found
         speeds.append(cells)
+    if llama_cpp_speed.is_installed():
+        for name in llama_cpp_speed.NAMES:
+            rates = llama_cpp_speed.llama_cpp_speeds(model, name, PROMPT, ROUNDS * STEPS)
+            results[f"llama.cpp, {name}"] = {
+                f"prompt of {PROMPT}": asdict(rates[0]), "decode, batch 1": asdict(rates[1])
+            }  # fmt: skip
+            cells = [f"{rate.median:.1f} ±{rate.spread:.0%}" for rate in rates]
+            speeds.append([f"llama.cpp, {name}", "", *cells, "", "", ""])
     batches = [f"batch {batch}" for batch in BATCHES]
     header = ("weights", "MB", f"prompt of {PROMPT}", batches[0], "roof", *batches[1:])
     print_table("130M parameters, tokens/s", header, speeds)

@@ -5,8 +5,9 @@ Public names are loaded on first use, so that `import mambakit` costs millisecon
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mambakit.lazy import attach
 
 if TYPE_CHECKING:
     from mambakit.models.config import MambaConfig as MambaConfig
@@ -22,12 +23,4 @@ _EXPORTS = {
 }
 __all__ = ["MambaConfig", "MambaLanguageModel", "preset"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'mambakit' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
+__getattr__, __dir__ = attach(__name__, _EXPORTS)

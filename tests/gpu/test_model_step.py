@@ -286,9 +286,9 @@ def by_modules(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> 
 
 @torch.no_grad()
 def fused(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> Tensor:
-    logits = fused_step(model, tokens, state)
-    assert logits is not None
-    return logits
+    step = fused_step(model, tokens.device, state)
+    assert step is not None
+    return step(tokens)
 
 
 def numbers(state: ModelState) -> list[Tensor]:
@@ -470,8 +470,7 @@ def test_what_is_not_plain_is_left_to_the_modules(
     model = make_model()
     change(model)
     tokens, state = read(model, 2)
-    with torch.no_grad():
-        assert fused_step(model, tokens[:, 0], state) is None
+    assert fused_step(model, tokens.device, state) is None
     expected = by_modules(model, tokens[:, 0], state.clone())
     assert torch.equal(model.step(tokens[:, 0], state), expected)
 
@@ -493,13 +492,12 @@ def test_what_is_not_plain_is_left_to_the_modules(
 def test_other_configs_are_left_to_the_modules(fields: dict[str, Any]) -> None:
     model = make_model(torch.bfloat16, **fields)
     tokens, state = read(model, 2)
-    with torch.no_grad():
-        assert fused_step(model, tokens[:, 0], state) is None
+    assert fused_step(model, tokens.device, state) is None
     assert model.step(tokens[:, 0], state).isfinite().all()
 
 
 def test_autocast_is_left_to_the_modules() -> None:
     model = make_model()
-    with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+    with torch.autocast("cuda", torch.bfloat16):
         tokens, state = read(model, 2)
-        assert fused_step(model, tokens[:, 0], state) is None
+        assert fused_step(model, tokens.device, state) is None

@@ -11,8 +11,9 @@ Names are loaded on first use; only the loader needs torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mambakit.lazy import attach
 
 if TYPE_CHECKING:
     from mambakit.data.cache import prepared as prepared
@@ -31,20 +32,20 @@ if TYPE_CHECKING:
     from mambakit.data.tokenizer import load_tokenizer as load_tokenizer
 
 _EXPORTS = {
-    "Batch": "loader",
-    "BytesTokenizer": "tokenizer",
-    "JsonTokenizer": "tokenizer",
-    "Loader": "loader",
-    "Manifest": "manifest",
-    "Progress": "preparation",
-    "TextReader": "text",
-    "TokenDataset": "dataset",
-    "Tokenizer": "tokenizer",
-    "documents": "text",
-    "load_tokenizer": "tokenizer",
-    "prepare": "preparation",
-    "prepared": "cache",
-    "windows": "loader",
+    "Batch": "mambakit.data.loader",
+    "BytesTokenizer": "mambakit.data.tokenizer",
+    "JsonTokenizer": "mambakit.data.tokenizer",
+    "Loader": "mambakit.data.loader",
+    "Manifest": "mambakit.data.manifest",
+    "Progress": "mambakit.data.preparation",
+    "TextReader": "mambakit.data.text",
+    "TokenDataset": "mambakit.data.dataset",
+    "Tokenizer": "mambakit.data.tokenizer",
+    "documents": "mambakit.data.text",
+    "load_tokenizer": "mambakit.data.tokenizer",
+    "prepare": "mambakit.data.preparation",
+    "prepared": "mambakit.data.cache",
+    "windows": "mambakit.data.loader",
 }
 __all__ = [
     "Batch",
@@ -63,12 +64,4 @@ __all__ = [
     "windows",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(f"mambakit.data.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module 'mambakit.data' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
+__getattr__, __dir__ = attach(__name__, _EXPORTS)

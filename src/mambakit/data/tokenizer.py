@@ -17,13 +17,14 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from mambakit.errors import ArgumentError, DataError
 from mambakit.files import atomic_write
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 Ids: TypeAlias = "Sequence[int] | npt.NDArray[np.integer[Any]]"
 
@@ -108,6 +109,8 @@ class BytesTokenizer:
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         """UTF-8 bytes of a text; DataError if it holds a lone surrogate."""
+        import numpy as np
+
         return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
 
     def decode(self, ids: Ids) -> str:
@@ -116,6 +119,8 @@ class BytesTokenizer:
 
     def decode_bytes(self, ids: Ids) -> bytes:
         """Bytes of ids; the document separator has none."""
+        import numpy as np
+
         array = _checked_ids(ids, self.vocab_size)
         return array[array < 256].astype(np.uint8).tobytes()
 
@@ -167,6 +172,8 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         """Ids of a text; DataError if it holds a lone surrogate."""
+        import numpy as np
+
         try:
             # The batch call, unlike `encode`, lets other threads run and skips the offsets.
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
@@ -220,6 +227,8 @@ def _utf8(text: str) -> bytes:
 
 
 def _checked_ids(ids: Ids, vocab_size: int) -> npt.NDArray[np.int64]:
+    import numpy as np
+
     array = np.asarray(ids, dtype=np.int64).reshape(-1)
     if array.size and not 0 <= array.min() <= array.max() < vocab_size:
         wrong = array[(array < 0) | (array >= vocab_size)][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ class Decoder:
         self.slots = Slots(model, size)
         self._model = model
         self._vocab_size = model.config.vocab_size
+        self._steps: dict[int, Callable[[Tensor], Tensor]] = {}
         self._buckets = buckets(size)
         self._graphs: dict[tuple[int, Method], tuple[torch.cuda.CUDAGraph, Chosen]] = {}
         if graphs:
@@ -60,7 +62,9 @@ class Decoder:
 
     @torch.no_grad()
     def _step(self, count: int, method: Method) -> Chosen:
-        logits = self._model.step(self.slots.tokens[:count], self.slots.state(count))
+        if count not in self._steps:
+            self._steps[count] = self._model.prepared_step(self.slots.state(count))
+        logits = self._steps[count](self.slots.tokens[:count])
         return self._choose(0, count, logits, method)
 
     @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +27,16 @@ if TYPE_CHECKING:
     from mambakit.models.language_model import MambaLanguageModel
 
 
-def fused_step(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> Tensor | None:
-    """What `MambaLanguageModel.step` returns and does to the state, without the modules.
+def fused_step(
+    model: MambaLanguageModel, device: torch.device, state: ModelState
+) -> Callable[[Tensor], Tensor] | None:
+    """What does `MambaLanguageModel.step` with this state to tokens on a device, without the modules.
 
     On the CPU that is one call of a kernel, on a GPU four kernels a layer. None if the modules
     have to do it, because one of them is not the plain one (an adapter took its place, a hook
     looks on), or the kernels have no form for the config, dtype, device or layout.
+
+    What it gives works on the tensors that the model and the state hold now.
     """
     config, backbone = model.config, model.backbone
     has_form = config.conv_bias and not config.bias and not config.is_complex
@@ -43,10 +49,10 @@ def fused_step(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> 
     ends, kinds = _KINDS if model.quantisation is None else _QUANTISED_KINDS
     if not all(map(_is_plain, plain, (*ends, *kinds * len(blocks)))):
         return None
-    device, dtype = norm_f.weight.device, norm_f.weight.dtype
-    if device.type not in ("cpu", "cuda") or torch.is_autocast_enabled(device.type):
+    dtype = norm_f.weight.dtype
+    if device != norm_f.weight.device or device.type not in ("cpu", "cuda"):
         return None
-    if unavailable(device.type, device, dtype):
+    if torch.is_autocast_enabled(device.type) or unavailable(device.type, device, dtype):
         return None
     layers = [*map(_layer, modules, state.layers)]
     eps = [*(block.norm.eps for block in blocks), norm_f.eps]
@@ -54,16 +60,15 @@ def fused_step(model: MambaLanguageModel, tokens: Tensor, state: ModelState) -> 
         is_narrow = not config.residual_in_fp32 and dtype != torch.float32
         if is_narrow or config.mixer_norm_epsilon is not None or model.quantisation is not None:
             return None
-        weights = norm_f.weight, head.weight
-        if not cuda.model_step.suitable(tokens, embedding.weight, layers, weights):
+        around = embedding.weight, norm_f.weight, head.weight
+        if not cuda.model_step.suitable(layers, around):
             return None
-        logits: Tensor = cuda.model_step.model_step(tokens, embedding.weight, layers, *weights, eps)
-        return logits
+        return partial(cuda.model_step.model_step, layers, *around, eps)
     last = on_cpu.Head(norm_f.weight, *_matrix(head))
     if not on_cpu.suitable(layers, last):
         return None
-    embedded = embedding(tokens).detach().to(torch.float32, copy=True)
-    return on_cpu.model_step(embedded, layers, last, eps, config.mixer_norm_epsilon)
+    whole = on_cpu.ModelStep(layers, last, eps, config.mixer_norm_epsilon)
+    return lambda tokens: whole(embedding(tokens).detach().float())
 
 
 _KINDS = (

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mambakit.data.tokenizer import load_tokenizer
 from mambakit.errors import ArgumentError
 from mambakit.generate import Engine, PrefixCache, Request, SamplingOptions
+from mambakit.generate.decoding import Decoder
 from mambakit.generate.handle import Handle
 from mambakit.generate.reading import MOST_READING
 from mambakit.models import MambaConfig, MambaLanguageModel
@@ -23,16 +24,10 @@ BYTES = load_tokenizer("bytes")
 
 
 @pytest.fixture
-def steps(small, monkeypatch) -> list[int]:
+def steps(before_steps) -> list[int]:
     """Sizes of the batches that the model steps through."""
     sizes: list[int] = []
-    step = small.step
-
-    def recorded(tokens, state):
-        sizes.append(len(tokens))
-        return step(tokens, state)
-
-    monkeypatch.setattr(small, "step", recorded)
+    before_steps(sizes.append)
     return sizes
 
 
@@ -365,22 +360,21 @@ def test_sampling_goes_on_where_it_was_cut(small):
     assert rest.tokens == whole.tokens[4:]
 
 
-def interrupted(model: MambaLanguageModel, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    step, left = model.step, [after]
+def interrupt_after(count: int) -> Callable[[int], None]:
+    left = [count]
 
-    def interrupt(tokens, state):
+    def interrupt(size: int) -> None:
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        return step(tokens, state)
 
-    monkeypatch.setattr(model, "step", interrupt)
+    return interrupt
 
 
-def test_ctrl_c_returns_what_there_is(small, monkeypatch):
+def test_ctrl_c_returns_what_there_is(small, before_steps):
     requests = [Request(prompt=[n], max_tokens=20, seed=n) for n in range(3)]
     whole = Engine(small, slots=2).generate(requests)
-    interrupted(small, monkeypatch, after=5)
+    before_steps(interrupt_after(5))
     engine = Engine(small, slots=2)
     done = engine.generate(requests)
     assert [len(one.tokens) for one in done] == [5, 5, 0]
@@ -392,16 +386,15 @@ def test_ctrl_c_returns_what_there_is(small, monkeypatch):
     assert engine.generate(requests) == whole  # The engine goes on.
 
 
-def test_stop_from_another_thread_returns_what_there_is(small, monkeypatch):
-    step, engine = small.step, Engine(small, slots=2)
+def test_stop_from_another_thread_returns_what_there_is(small, before_steps):
+    engine = Engine(small, slots=2)
     stopper = threading.Thread(target=engine.stop)
 
-    def stopping(tokens, state):
+    def stop(size):
         if not stopper.is_alive() and stopper.ident is None:
             stopper.start()
-        return step(tokens, state)
 
-    monkeypatch.setattr(small, "step", stopping)
+    before_steps(stop)
     done = engine.generate([Request(prompt=[n], max_tokens=10**6) for n in range(3)])
     stopper.join()
     assert {one.finish_reason for one in done} == {"cancelled"}
@@ -416,7 +409,7 @@ def test_what_goes_wrong_ends_every_request_and_the_engine_goes_on(small, monkey
     with monkeypatch.context() as context:
         handles = [engine.submit(request) for request in requests]
         engine.step()
-        context.setattr(small, "step", _fail)
+        context.setattr(Decoder, "step", _fail)
         with pytest.raises(RuntimeError, match="broken"):
             engine.step()
     for handle in handles:
@@ -487,7 +480,7 @@ def test_the_background_thread_outlives_an_error_and_ends_with_the_block(small, 
         engine.start()  # Twice is once.
         [thread] = [t for t in threading.enumerate() if t.name == "mambakit-engine"]
         with monkeypatch.context() as context:
-            context.setattr(small, "step", _fail)
+            context.setattr(Decoder, "step", _fail)
             handle = engine.submit(request)
             with pytest.raises(RuntimeError, match="broken"):
                 handle.result()

@@ -113,14 +113,9 @@ def test_until_ends_a_row_after_its_token(model):
         assert [token for r, token in pairs if r == row] == free[row][: 2 + row]
 
 
-def test_finished_rows_leave_the_batch(model, monkeypatch):
-    sizes, step = [], model.step
-
-    def recorded(tokens, state):
-        sizes.append(len(tokens))
-        return step(tokens, state)
-
-    monkeypatch.setattr(model, "step", recorded)
+def test_finished_rows_leave_the_batch(model, before_steps):
+    sizes = []
+    before_steps(sizes.append)
     ends = {0: 1, 1: 3, 2: 3, 3: 5}
     counts = dict.fromkeys(ends, 0)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from mambakit.errors import ArgumentError, ShapeError
 from mambakit.models import (
     MambaConfig,
     MambaLanguageModel,
@@ -19,6 +20,7 @@ from mambakit.models import (
 from mambakit.ops.cpu import model_step as ops
 from mambakit.ops.cpu.model_step import HEAD_ROWS
 
+CPU = torch.device("cpu")
 SMALL = {"d_model": 24, "n_layer": 3, "vocab_size": 300}
 
 
@@ -42,10 +44,10 @@ def by_modules(model: MambaLanguageModel, tokens: torch.Tensor, state: ModelStat
 
 
 def fused(model: MambaLanguageModel, tokens: torch.Tensor, state: ModelState) -> torch.Tensor:
+    step = fused_step.fused_step(model, tokens.device, state)
+    assert step is not None
     with torch.no_grad():
-        logits = fused_step.fused_step(model, tokens, state)
-    assert logits is not None
-    return logits
+        return step(tokens)
 
 
 def assert_same_state(state: ModelState, expected: ModelState, **tolerance: float) -> None:
@@ -213,8 +215,7 @@ def test_what_is_not_plain_is_left_to_the_modules(change):
     model = make_model()
     change(model)
     tokens, state = read(model, 2)
-    with torch.no_grad():
-        assert fused_step.fused_step(model, tokens[:, 0], state) is None
+    assert fused_step.fused_step(model, CPU, state) is None
     expected = by_modules(model, tokens[:, 0], state.clone())
     assert torch.equal(model.step(tokens[:, 0], state), expected)
 
@@ -226,15 +227,15 @@ def test_what_is_not_plain_is_left_to_the_modules(change):
 def test_other_configs_are_left_to_the_modules(fields):
     model = make_model(**fields)
     tokens, state = read(model, 2)
-    assert fused_step.fused_step(model, tokens[:, 0], state) is None
+    assert fused_step.fused_step(model, CPU, state) is None
     assert model.step(tokens[:, 0], state).isfinite().all()
 
 
 def test_autocast_is_left_to_the_modules():
     model = make_model()
     with torch.autocast("cpu", torch.bfloat16):
-        tokens, state = read(model, 2)
-        assert fused_step.fused_step(model, tokens[:, 0], state) is None
+        _, state = read(model, 2)
+        assert fused_step.fused_step(model, CPU, state) is None
 
 
 def test_who_waits_for_a_slow_thread_sleeps_and_goes_on(monkeypatch):
@@ -260,3 +261,32 @@ def test_who_waits_for_a_slow_thread_sleeps_and_goes_on(monkeypatch):
     logits = fused(model, tokens[:, 0], state)
     assert len(naps) == 3
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "8", "modules"])
+def test_a_prepared_step_is_the_step(form):
+    model = make_model(bias=form == "modules")
+    if form == "bfloat16":
+        model.bfloat16()
+    elif form == "8":
+        quantise(model, Quantisation(bits=8))
+    tokens, state = read(model, 3)
+    other = state.clone()
+    step = model.prepared_step(state)
+    for t in range(tokens.shape[1]):
+        assert torch.equal(step(tokens[:, t]), model.step(tokens[:, t], other))
+    assert_same_state(state, other, rtol=0, atol=0)
+
+
+def test_a_prepared_step_looks_at_its_tokens_and_keeps_no_logits():
+    model = make_model()
+    tokens, state = read(model, 2)
+    step = model.prepared_step(state)
+    first = step(tokens[:, 0])
+    kept = first.clone()
+    step(tokens[:, 1])
+    assert torch.equal(first, kept)
+    with pytest.raises(ArgumentError, match="got id 300"):
+        step(torch.tensor([1, 300]))
+    with pytest.raises(ShapeError, match="got 2 sequences, wanted 3"):
+        step(torch.tensor([1, 2, 3]))

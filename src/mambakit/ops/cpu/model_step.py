@@ -74,44 +74,57 @@ _FORMS = (
 """Dtypes of norms and convolutions, of matrices, of their scales."""
 
 
-def model_step(
-    embedded: Tensor,
-    layers: Sequence[Layer],
-    head: Head,
-    eps: Sequence[float],
-    mixer_eps: float | None,
-) -> Tensor:
-    """Logits, (B, V) in the dtype of the norms, from the embeddings of a token a sequence, (B, M); the states move on.
+class ModelStep:
+    """One decoding step of a whole model, again and again: addresses and buffers are looked up once.
 
     Tensors are `suitable`. A row does not depend on the other rows of the batch, nor on the number of threads.
     What is between matrices is float32; codes are multiplied with it as in `mambakit.ops.quantised_linear`.
+    Two threads must not call one at the same time, as they must not step one state.
 
     Args:
-        embedded: (B, M) float32; overwritten.
         layers: First layer first.
         head: What follows them.
         eps: Of the norm of each layer, and of the last norm.
         mixer_eps: Of the norms of dt, B and C; None: there are none.
     """
-    from mambakit.ops.cpu.kernels.model_step import PARTS
 
-    sizes = _sizes(layers, head)
-    addresses = [0 if t is None else t.data_ptr() for t in chain.from_iterable(layers)]
-    table = np.array(addresses, np.int64).view(_ADDRESSES)
-    logits = head.norm.new_empty(embedded.shape[0], head.weight.shape[0])
-    rows = _rows(embedded, logits, layers[0], sizes)
-    claimed, done = np.zeros((2, PARTS * len(layers) + 2), np.int64)
-    weights = len(layers) * layers[0].in_proj.numel() + head.weight.numel()
-    threads = torch.get_num_threads() if weights > SMALL else 1
-    steering = array(layers[0].x_proj[:0, :0].reshape(-1))
-    scales = _NO_SCALES if head.scales is None else array(head.scales)
-    run(
-        _walk, threads, sizes, table, np.array(eps, np.float32),
-        None if mixer_eps is None else np.float32(mixer_eps), array(head.norm), steering, scales,
-        array(head.weight), rows, claimed, done,
-    )  # fmt: skip
-    increment_version([state for layer in layers for state in (layer.conv_state, layer.ssm_state)])
-    return logits
+    def __init__(
+        self, layers: Sequence[Layer], head: Head, eps: Sequence[float], mixer_eps: float | None
+    ) -> None:
+        from mambakit.ops.cpu.kernels.model_step import PARTS
+
+        self._sizes = _sizes(layers, head)
+        self._layers, self._head = layers, head  # Which keeps what lies at the addresses.
+        addresses = [0 if t is None else t.data_ptr() for t in chain.from_iterable(layers)]
+        small = array(head.norm)
+        self._model = (
+            np.array(addresses, np.int64).view(_ADDRESSES),
+            np.array(eps, np.float32),
+            None if mixer_eps is None else np.float32(mixer_eps),
+            small,
+            array(layers[0].x_proj[:0, :0].reshape(-1)),
+            _NO_SCALES if head.scales is None else array(head.scales),
+            array(head.weight),
+        )
+        self._rows = _rows(layers[0], head, self._sizes)
+        self._counters = np.zeros((2, PARTS * len(layers) + 2), np.int64)
+        self._weights = len(layers) * layers[0].in_proj.numel() + head.weight.numel()
+        self._states = [state for la in layers for state in (la.conv_state, la.ssm_state)]
+
+    def __call__(self, embedded: Tensor) -> Tensor:
+        """Logits, (B, V) in the dtype of the norms, from the embeddings of a token a sequence, (B, M) float32.
+
+        The states move on.
+        """
+        logits = self._head.norm.new_empty(embedded.shape[0], self._head.weight.shape[0])
+        rows = self._rows._replace(logits=array(logits))
+        rows.residual[:] = array(embedded)
+        rows.hidden[:] = 0
+        self._counters[:] = 0
+        threads = torch.get_num_threads() if self._weights > SMALL else 1
+        run(_walk, threads, self._sizes, *self._model, rows, *self._counters)
+        increment_version(self._states)
+        return logits
 
 
 _ADDRESSES = np.dtype([(name, np.int64) for name in Layer._fields])
@@ -134,12 +147,12 @@ def _sizes(layers: Sequence[Layer], head: Head) -> Any:
     )  # fmt: skip
 
 
-def _rows(embedded: Tensor, logits: Tensor, layer: Layer, sizes: Any) -> Any:
-    """What the phases hand on; codes and steps are zeros, as their padding has to be."""
+def _rows(layer: Layer, head: Head, sizes: Any) -> Any:
+    """What the phases hand on, but for the logits; codes and steps are zeros, as their padding has to be."""
     from mambakit.ops.cpu.kernels.model_step import Rows
     from mambakit.ops.cpu.kernels.operand import Operand
 
-    batch = embedded.shape[0]
+    batch = layer.ssm_state.shape[0]
 
     def empty(size: int) -> Any:
         return np.empty((batch, size), np.float32)
@@ -152,15 +165,15 @@ def _rows(embedded: Tensor, logits: Tensor, layer: Layer, sizes: Any) -> Any:
     # Matrices of eight bits have as many codes a row as columns.
     group = 0 if layer.x_scales is None else layer.x_proj.shape[1] // layer.x_scales.shape[1]
     return Rows(
-        hidden=np.zeros((batch, sizes.d_model), np.float32),
-        residual=array(embedded),
+        hidden=empty(sizes.d_model),
+        residual=empty(sizes.d_model),
         normed=operand(sizes.d_model, layer.in_scales, group),
         xz=empty(2 * sizes.d_inner),
         x=operand(sizes.d_inner, layer.x_scales, group),
         steering=operand(sizes.dt_rank + 2 * sizes.d_state, layer.dt_scales, group),
         dt=empty(sizes.d_inner),
         y=operand(sizes.d_inner, layer.out_scales, group),
-        logits=array(logits),
+        logits=array(head.norm[:0].reshape(0, 0)),
     )
 
 

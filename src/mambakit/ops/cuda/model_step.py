@@ -39,19 +39,15 @@ class Residual(NamedTuple):
     """Sums of squares of parts of each row, (B, parts), float32."""
 
 
-def suitable(
-    tokens: Tensor, embedding: Tensor, layers: Sequence[Layer], others: Sequence[Tensor]
-) -> bool:
+def suitable(layers: Sequence[Layer], around: Sequence[Tensor]) -> bool:
     """Whether the kernels can read all tensors where they lie.
 
     Args:
-        tokens: (B,).
-        embedding: (V, M).
         layers: First layer first.
-        others: The weights of the last norm and the head.
+        around: The embedding, (V, M), and the weights of the last norm and the head.
     """
-    dtype, device = embedding.dtype, embedding.device
-    if dtype not in TYPES or tokens.device != device:
+    dtype, device = around[0].dtype, around[0].device
+    if dtype not in TYPES:
         return False
     for layer in layers:
         norm, in_proj, conv, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj = layer[:10]
@@ -66,18 +62,17 @@ def suitable(
         tensors = (*weights, *numbers, layer.conv_state, layer.ssm_state)
         if any(t.device != device for t in tensors) or not _states_fit(layer):
             return False
-    plain = (embedding, *others)
-    return all(t.dtype is dtype and t.device == device and t.is_contiguous() for t in plain)
+    return all(t.dtype is dtype and t.device == device and t.is_contiguous() for t in around)
 
 
 @torch.no_grad()
 def model_step(
-    tokens: Tensor,
-    embedding: Tensor,
     layers: Sequence[Layer],
+    embedding: Tensor,
     norm_f: Tensor,
     head: Tensor,
     eps: Sequence[float],
+    tokens: Tensor,
 ) -> Tensor:
     """Logits, (B, V), of a token a sequence, (B,); the states move on.
 
@@ -85,12 +80,12 @@ def model_step(
     many there are. A token that is none is an error of the device.
 
     Args:
-        tokens: (B,), int32 or int64.
-        embedding: (V, M).
         layers: First layer first.
+        embedding: (V, M).
         norm_f: Weight of the last norm, (M,).
         head: (V, M).
         eps: Of the norm of each layer, and of the last norm.
+        tokens: (B,), int32 or int64, on the same device.
     """
     norms = [*(layer.norm for layer in layers), norm_f]
     if tokens.shape[0] == 0:

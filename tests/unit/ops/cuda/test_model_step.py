@@ -34,14 +34,12 @@ def make_layer(dtype: torch.dtype = torch.bfloat16, d_state: int = 16) -> Layer:
 def is_suitable(layer: Layer, **others: torch.Tensor) -> bool:
     dtype = layer.in_proj.dtype
     tensors = {
-        "tokens": torch.zeros(BATCH, dtype=torch.int64),
         "embedding": torch.zeros(10, D_MODEL, dtype=dtype),
         "norm_f": torch.zeros(D_MODEL, dtype=dtype),
         "head": torch.zeros(10, D_MODEL, dtype=dtype),
         **others,
     }
-    tokens, embedding, *rest = tensors.values()
-    return suitable(tokens, embedding, [make_layer(dtype), layer], rest)
+    return suitable([make_layer(dtype), layer], [*tensors.values()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -96,8 +94,3 @@ def test_states_in_a_pool() -> None:
     assert is_suitable(layer._replace(conv_state=taps_outside, ssm_state=pool[:BATCH, 1]))
     states_outside = layer.ssm_state.transpose(1, 2).contiguous().transpose(1, 2)
     assert not is_suitable(layer._replace(ssm_state=states_outside))
-
-
-def test_tokens_elsewhere() -> None:
-    tokens = torch.zeros(BATCH, dtype=torch.int64, device="meta")
-    assert not is_suitable(make_layer(), tokens=tokens)
