@@ -34,7 +34,9 @@ class CheckpointModel(HarnessModel):
             checkpoint's.
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: "float32", "bfloat16" or "float16".
-        batch_size, max_length, add_bos_token: As in `HarnessModel`.
+        batch_size: As in `HarnessModel`, like the rest.
+        max_length: Most tokens read for a prediction.
+        add_bos_token: Put the separator of documents in front of every context.
 
     Raises:
         MambakitError: An argument is out of range, or there is no such checkpoint or device.
