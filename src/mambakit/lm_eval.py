@@ -21,6 +21,8 @@ from lm_eval.api.registry import model_registry
 from mambakit.cli.loading import load_checkpoint
 from mambakit.errors import ArgumentError
 from mambakit.evaluate.harness import HarnessModel
+from mambakit.ops.cpu.features import check_bfloat16
+from mambakit.train.distributed import find_device
 
 TYPE = "mambakit"
 
@@ -57,6 +59,8 @@ class CheckpointModel(HarnessModel):
             raise ArgumentError(f"dtype: got {dtype!r}, wanted float32, bfloat16 or float16")
         if not str(batch_size).isdecimal():
             raise ArgumentError(f"batch_size: got {batch_size!r}, wanted a number")
+        if dtype == "bfloat16":
+            check_bfloat16(find_device(device))
         model, found = load_checkpoint(Path(pretrained), device, dtype, tokenizer)
         super().__init__(
             model,

@@ -92,16 +92,17 @@ def log_likelihoods(
     """
     if batch_size < 1:
         raise ArgumentError(f"batch_size: got {batch_size}, wanted at least 1")
+    vocab_size = model.config.vocab_size
     for index, (context, continuation) in enumerate(pairs):
         if not context:
             raise ArgumentError(
                 f"pairs[{index}]: got an empty context, wanted at least one token; "
                 "to start from nothing, give the id that separates documents"
             )
-        if max(continuation, default=0) >= model.config.vocab_size:
+        if wrong := [token for token in continuation if not 0 <= token < vocab_size]:
             raise ArgumentError(
-                f"pairs[{index}]: got id {max(continuation)}, wanted ids below "
-                f"{model.config.vocab_size}, the vocab_size of the model"
+                f"pairs[{index}]: got id {wrong[0]}, wanted 0 <= id < {vocab_size}, "
+                "the vocab_size of the model"
             )
         if not continuation:
             yield index, Likelihood(0.0, True)

@@ -161,7 +161,8 @@ def test_longest_first(model):
         ([([1], [2]), ([], [1])], 16, r"pairs\[1\]: got an empty context"),
         ([([1], [2])], 0, "batch_size: got 0, wanted at least 1"),
         ([([1, VOCAB], [2])], 16, "got id 50"),
-        ([([1], [VOCAB + 9])], 16, r"pairs\[0\]: got id 59"),
+        ([([1], [3, VOCAB + 9])], 16, r"pairs\[0\]: got id 59, wanted 0 <= id < 50"),
+        ([([1], [-1])], 16, r"pairs\[0\]: got id -1"),
     ],
 )
 def test_wrong_arguments(model, pairs, batch_size, message):
