@@ -85,7 +85,7 @@ def run(args: Sequence[str]) -> int:
     if options.output is not None:
         from mambakit.files import atomic_write
 
-        text = json.dumps(result, indent=2, default=str, ensure_ascii=False)
+        text = json.dumps(result, indent=2, default=_plain, ensure_ascii=False)
         with atomic_write(options.output) as partial:
             partial.write_text(text + "\n", encoding="utf-8")
     return 0
@@ -114,6 +114,11 @@ def _changed(options: Windows | TaskOptions, but: Sequence[str] = ()) -> str:
         for one in dataclasses.fields(kind)
         if one.name not in but and getattr(options, one.name) != one.default
     )
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for: numbers of NumPy as numbers, the rest (paths, functions) as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _on_text(options: Evaluate, model: MambaLanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -4,9 +4,11 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from mambakit.cli.evaluate import _plain
 from mambakit.cli.main import main
 from mambakit.data import BytesTokenizer
 from mambakit.models import MambaConfig, MambaLanguageModel
@@ -62,8 +64,15 @@ def test_tasks_end_with_a_table_and_json(checkpoint, task_folder, tmp_path, caps
     assert result["config"]["limit"] == 3
     assert result["config"]["max_length"] == 40
     assert result["config"]["batch_size"] == 2
+    assert result["config"]["random_seed"] == 0
     assert "samples" not in result
     assert "Scoring: 100%" in printed.err
+
+
+def test_numbers_of_numpy_are_numbers_in_json():
+    values = {"count": np.int64(3), "right": np.bool_(True), "file": Path("a")}
+    text = json.dumps(values, default=_plain)
+    assert json.loads(text) == {"count": 3, "right": True, "file": "a"}
 
 
 def test_without_lm_eval(checkpoint, monkeypatch, capsys):
