@@ -1,0 +1,1 @@
+"""`mamba_ssm.ops.triton`; nothing here uses Triton."""
