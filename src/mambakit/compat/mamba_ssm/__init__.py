@@ -8,7 +8,6 @@ from __future__ import annotations
 from mambakit.compat.mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 from mambakit.compat.mamba_ssm.modules.mamba_simple import Mamba
 from mambakit.compat.mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
-from mambakit.compat.mamba_ssm.ops.triton import layernorm, selective_state_update
 
 __version__ = "2.3.2+mambakit"
 """The version whose Mamba-1 this is."""
@@ -16,8 +15,6 @@ __version__ = "2.3.2+mambakit"
 __all__ = [
     "Mamba",
     "MambaLMHeadModel",
-    "layernorm",
     "mamba_inner_fn",
     "selective_scan_fn",
-    "selective_state_update",
 ]
