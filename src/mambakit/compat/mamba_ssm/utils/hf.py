@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambakit.models.checkpoint import LAYOUTS
+from mambakit.models.checkpoint import LAYOUTS, read_description
 from mambakit.models.formats import official
 from mambakit.models.formats.layout import CONFIG_FILE, Layout
 from mambakit.models.hub import locate
@@ -27,10 +26,10 @@ def load_config_hf(model_name: str | os.PathLike[str]) -> dict[str, Any]:
         ConfigError: It describes a model that the authors' code does not have.
     """
     folder = locate(model_name)
-    description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    description = read_description(folder / CONFIG_FILE)
     layout = _layout(description)
     if layout is official.LAYOUT:
-        return dict(description)
+        return description
     return official.LAYOUT.describe(layout.read(description), None)
 
 
@@ -47,7 +46,7 @@ def load_state_dict_hf(
         dtype: Cast them to it. Default: as they were saved.
     """
     folder = locate(model_name)
-    layout = _layout(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    layout = _layout(read_description(folder / CONFIG_FILE))
     weights = dict[str, Tensor]()
     for file in weight_files(folder):
         weights |= read_tensors(
