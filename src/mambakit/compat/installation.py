@@ -13,14 +13,15 @@ from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
 from types import ModuleType
 
+from mambakit.compat import versions
 from mambakit.compat.transformers import patching
 from mambakit.errors import MambakitError
 
 NAMES = ("mamba_ssm", "causal_conv1d", "selective_scan_cuda")
 """Top-level modules that are provided."""
 
-DISTRIBUTIONS = {"mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
-"""What `importlib.metadata` then finds as installed, and the module that knows its version."""
+DISTRIBUTIONS = {"mamba-ssm": versions.MAMBA_SSM, "causal-conv1d": versions.CAUSAL_CONV1D}
+"""What `importlib.metadata` then finds as installed, and its version."""
 
 
 def install() -> None:
@@ -66,6 +67,19 @@ def uninstall() -> None:
             del sys.modules[name]
 
 
+def replace(name: str) -> None:
+    """Put our module in the place of the one that calls this while it is imported, and `install`.
+
+    For `packages/mamba-ssm-shim`, whose modules hold nothing else.
+
+    Args:
+        name: The calling module's `__name__`.
+    """
+    del sys.modules[name]
+    install()
+    importlib.import_module(name)  # The import that goes on takes what it finds under the name.
+
+
 class _Finder(MetaPathFinder, Loader):
     """Finds `mamba_ssm.x` where `mambakit.compat.mamba_ssm.x` is: one module under two names."""
 
@@ -95,20 +109,17 @@ class _Finder(MetaPathFinder, Loader):
     ) -> Iterator[Distribution]:
         """What `importlib.metadata` asks for: programs look there whether a package is installed."""
         wanted = None if context is None else context.name
-        for name, module in DISTRIBUTIONS.items():
+        for name, version in DISTRIBUTIONS.items():
             if wanted is None or re.sub(r"[-_.]+", "-", wanted).lower() == name:
-                yield _Distribution(name, module)
+                yield _Distribution(name, version)
 
 
 class _Distribution(Distribution):
-    def __init__(self, name: str, module: str) -> None:
-        self._name, self._module = name, module
+    def __init__(self, name: str, version: str) -> None:
+        self._text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
 
     def read_text(self, filename: str) -> str | None:
-        if filename != "METADATA":
-            return None
-        version = importlib.import_module(f"{__package__}.{self._module}").__version__
-        return f"Metadata-Version: 2.1\nName: {self._name}\nVersion: {version}\n"
+        return self._text if filename == "METADATA" else None
 
     def locate_file(self, path: object) -> Path:
         return Path(__file__).parent / str(path)

@@ -6,8 +6,8 @@ from mambakit.compat.causal_conv1d.causal_conv1d_interface import (
     causal_conv1d_fn,
     causal_conv1d_update,
 )
+from mambakit.compat.versions import CAUSAL_CONV1D
 
-__version__ = "1.7.0+mambakit"
-"""The version whose functions these are."""
+__version__ = CAUSAL_CONV1D
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update"]

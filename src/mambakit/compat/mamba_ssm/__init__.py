@@ -8,9 +8,9 @@ from __future__ import annotations
 from mambakit.compat.mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 from mambakit.compat.mamba_ssm.modules.mamba_simple import Mamba
 from mambakit.compat.mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
+from mambakit.compat.versions import MAMBA_SSM
 
-__version__ = "2.3.2+mambakit"
-"""The version whose Mamba-1 this is."""
+__version__ = MAMBA_SSM
 
 __all__ = [
     "Mamba",
