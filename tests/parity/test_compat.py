@@ -358,6 +358,50 @@ def test_selective_state_update_of_chosen_rows(case, backend):
     assert torch.equal(pool[others], before[others])
 
 
+@pytest.mark.parametrize(
+    "seqlen",
+    [128, pytest.param(1024, marks=pytest.mark.slow), pytest.param(4096, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_scan_at_the_sizes_of_the_authors_tests(seqlen, groups, backend):
+    inputs = scan_inputs(seqlen=seqlen, dim=4, groups=groups)
+    device = device_of(backend)
+    ours, theirs = leaves(inputs, device), leaves(inputs, device)
+    found, state = selective_scan_fn(**ours, return_last_state=True)
+    expected, expected_state = selective_scan_ref(**theirs, return_last_state=True)
+    torch.testing.assert_close(found, expected, rtol=6e-4, atol=2e-3)
+    torch.testing.assert_close(state, expected_state, rtol=6e-4, atol=2e-3)
+    g = torch.randn_like(found)
+    found.backward(g)
+    expected.backward(g)
+    for name, gradient in gradients(ours).items():
+        torch.testing.assert_close(
+            gradient, theirs[name].grad.cpu(), rtol=1e-3, atol=2e-3, msg=name
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("has_z", [False, True])
+@pytest.mark.parametrize(("dim", "d_state"), [(2064, 16), (2048, 64)])
+def test_step_at_the_sizes_of_the_authors_tests(dim, d_state, has_z, dtype, backend):
+    device = device_of(backend)
+    tolerance = {
+        torch.float32: {"rtol": 3e-4, "atol": 1e-3}, torch.float16: {"rtol": 5e-3, "atol": 1e-2},
+        torch.bfloat16: {"rtol": 1e-2, "atol": 5e-2},
+    }[dtype]  # fmt: skip
+    made = {"device": device, "dtype": dtype}
+    state, x, dt = (torch.randn(2, *shape, **made) for shape in ((dim, d_state), (dim,), (dim,)))
+    dt_bias, A = torch.rand(dim, device=device) - 4, -torch.rand(dim, d_state, device=device) - 1
+    B, C = torch.randn(2, 2, d_state, device=device)
+    D, z = torch.randn(dim, device=device), torch.randn_like(x) if has_z else None
+    reference_state = state.clone()
+    arguments = (x, dt, A, B, C, D, z, dt_bias, True)
+    found = selective_state_update(state, *arguments)
+    expected = selective_state_update_ref(reference_state, *arguments)
+    torch.testing.assert_close(found, expected, **tolerance)
+    torch.testing.assert_close(state, reference_state, **tolerance)
+
+
 def test_selective_state_update_of_a_state_that_is_not_contiguous():
     state, inputs = step_inputs()
     strided = torch.randn(3, 4, 10).transpose(1, 2).copy_(state)
