@@ -1,6 +1,6 @@
 """transformers' Mamba on the CPU, before and after `mambakit.compat.install()`: 130M shape, float32.
 
-python benchmarks/transformers_speedup.py        # the table; a step of theirs takes minutes, and 15 GB
+python benchmarks/transformers_speedup.py        # the table; a step of theirs takes ten minutes or more, and 12 GB
 python benchmarks/transformers_speedup.py --json benchmarks/results/transformers-speedup-cpu.json
 """
 

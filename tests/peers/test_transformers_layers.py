@@ -118,6 +118,22 @@ def test_same_gradients(name, is_padded, calls):
         torch.testing.assert_close(our_gradients[key], gradient, **TOLERANCE, msg=key)
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("name", ["falcon", "jamba"])
+def test_gradients_are_the_same_bits_if_tensors_are_made_again(name, is_padded, monkeypatch):
+    model = make_model(name).train()
+    tokens, mask = make_batch()
+    mambakit.compat.install()
+    results = []
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr(mixer, "RECOMPUTES_ON", devices)
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(tokens, attention_mask=mask if is_padded else None, labels=tokens).loss.backward()
+        results.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *results))
+
+
 @EVERY_MODEL
 def test_same_greedy_tokens_with_padding(name, calls):
     model = make_model(name)

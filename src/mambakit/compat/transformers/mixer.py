@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from mambakit.nn.linear import project_to
+from mambakit.nn.mixer import RECOMPUTES_ON
+from mambakit.nn.recomputation import Recomputation
 from mambakit.ops import causal_conv1d, selective_scan, selective_scan_step
 
 
@@ -40,21 +44,24 @@ def forward(
     seq_idx = kwargs.get("seq_idx")
 
     inputs, z = self.in_proj(_masked(hidden_states, mask)).chunk(2, dim=-1)
-    x = _masked(_convolve(self, inputs, conv_state, seq_idx), mask)
-    dt, B, C = self.x_proj(x).split(
-        [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
-    )
-    if hasattr(self, "dt_layernorm"):
-        dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
-    dt, dt_bias = _project(self.dt_proj, dt)
-    A = -torch.exp(self.A_log.float())
-    if ssm_state is not None and seqlen == 1 and not torch.is_grad_enabled():
-        state = ssm_state.float()
-        steering = (dt[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], dt_bias)
-        y = selective_scan_step(state, x[:, 0], *steering, True)[:, None]
-    else:
-        scanned = (x, dt, A, B, C, self.D, z, dt_bias, True)
-        y, state = selective_scan(*scanned, initial_state=ssm_state, seq_idx=seq_idx)
+    # The backward pass needs x and dt, each as large as z, but they are cheap to make again.
+    with Recomputation(wanted=hidden_states.device.type in RECOMPUTES_ON) as again:
+        convolve = partial(_convolve, activation=self.act)
+        past = None if conv_state is None else _past(conv_state, self.conv1d.weight.shape[-1])
+        read = self.conv1d.weight, self.conv1d.bias, inputs, past, seq_idx, mask
+        x = convolve(*read)
+        again.instead_of(x, convolve, *read)
+        dt, B, C = torch.split(
+            self.x_proj(x), [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
+        )
+        if hasattr(self, "dt_layernorm"):
+            dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+        dt, dt_bias = _project(self.dt_proj, dt, again)
+        steering = dt, -torch.exp(self.A_log.float()), B, C, self.D, z, dt_bias, True
+        if ssm_state is not None and seqlen == 1 and not torch.is_grad_enabled():
+            y, state = _step(ssm_state, x, *steering)
+        else:
+            y, state = selective_scan(x, *steering, initial_state=ssm_state, seq_idx=seq_idx)
     if cache_params is not None:
         width = self.conv1d.kernel_size[0]
         cache_params.update_conv_state(inputs.transpose(1, 2), layer, conv_kernel_size=width)
@@ -69,28 +76,48 @@ def _masked(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return hidden if mask is None else (hidden * mask).to(hidden.dtype)
 
 
-def _convolve(self: Any, x: Tensor, conv_state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-    weight = self.conv1d.weight.squeeze(1)
-    is_silu = self.activation in ("silu", "swish")
-    past = None
-    if conv_state is not None:
-        # It holds one input more than the next position needs, or all that there were.
-        past = conv_state[..., conv_state.shape[-1] - weight.shape[1] + 1 :]
-    y, _ = causal_conv1d(
-        x,
-        weight,
-        self.conv1d.bias,
-        "silu" if is_silu else None,
-        initial_state=past,
-        seq_idx=seq_idx,
-    )
-    return y if is_silu else self.act(y)
+def _past(conv_state: Tensor, width: int) -> Tensor:
+    """The inputs that the next position needs; a cache has at least one more."""
+    return conv_state[..., conv_state.shape[-1] - width + 1 :]
 
 
-def _project(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+def _convolve(
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    past: Tensor | None,
+    seq_idx: Tensor | None,
+    mask: Tensor | None,
+    activation: Any,
+) -> Tensor:
+    is_silu = isinstance(activation, nn.SiLU)
+    name = "silu" if is_silu else None
+    y, _ = causal_conv1d(x, weight.squeeze(1), bias, name, initial_state=past, seq_idx=seq_idx)
+    return _masked(y if is_silu else activation(y), mask)
+
+
+def _project(dt_proj: nn.Module, dt: Tensor, again: Recomputation) -> tuple[Tensor, Tensor | None]:
     """dt of every channel, and the bias that the scan adds to it in float32."""
-    if type(dt_proj) is nn.Linear:
-        return linear(dt, dt_proj.weight), dt_proj.bias
-    # An adapter or a quantised layer: only as a whole is it what it should be.
-    projected: Tensor = dt_proj(dt)
-    return projected, None
+    if type(dt_proj) is not nn.Linear:
+        # An adapter or a quantised layer: only as a whole is it what it should be.
+        return dt_proj(dt), None
+    projected = linear(dt, dt_proj.weight)
+    again.instead_of(projected, project_to(projected.dtype), dt, dt_proj.weight)
+    return projected, dt_proj.bias
+
+
+def _step(
+    ssm_state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """y of one position, and the state after it: the same tensor if it is float32."""
+    state = ssm_state.float()
+    at_it = (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, z[:, 0])
+    return selective_scan_step(state, *at_it, *rest)[:, None], state

@@ -47,13 +47,13 @@ def stop() -> None:
 
 
 def _patch(module: ModuleType) -> None:
+    mixer = getattr(module, MIXERS[module.__name__], None)
+    if mixer is None or not hasattr(module, _FUNCTION) or mixer in _originals:
+        return
     from transformers.integrations.accelerate import force_accelerate_hooks
 
     from mambakit.compat.transformers.mixer import forward
 
-    mixer = getattr(module, MIXERS[module.__name__], None)
-    if mixer is None or not hasattr(module, _FUNCTION) or mixer in _originals:
-        return
     _originals[mixer] = mixer.forward
     # Weights that are read and not called have to be where the input is.
     mixer.forward = force_accelerate_hooks(["conv1d", "dt_proj"])(forward)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mambakit.nn.linear import project_to
+from mambakit.nn.mixer import RECOMPUTES_ON
 from mambakit.nn.recomputation import Recomputation
 from mambakit.ops import causal_conv1d, rms_norm, selective_scan
 
@@ -54,8 +55,8 @@ def mamba_inner_fn(
         B_proj_bias: Added to what x_proj makes for B.
         C_proj_bias: The same for C.
         delta_softplus: Whether softplus is applied to delta (+ delta_bias).
-        checkpoint_lvl: 1: the backward pass makes the output of the convolution and delta again;
-            0: they are kept.
+        checkpoint_lvl: 1: on a GPU the backward pass makes the output of the convolution and delta
+            again; 0: they are kept.
         b_rms_weight: Weight of an RMS norm of B, (N,), as in FalconMamba. Default: no norm.
         c_rms_weight: The same for C.
         dt_rms_weight: The same for the R outputs of x_proj that delta is made from, (R,). A weight
@@ -130,7 +131,7 @@ def _inner(
     delta_proj, norms = _norm_in_front(delta_proj, norms)
     numbers = A.shape[1] * (2 if A.is_complex() else 1)
     sizes = [delta_proj.shape[1], 0 if B is not None else numbers, 0 if C is not None else numbers]
-    with Recomputation(wanted=recomputes) as again:
+    with Recomputation(wanted=recomputes and xz.device.type in RECOMPUTES_ON) as again:
         inputs = x, conv1d[0].squeeze(1), conv1d[1]
         x = _convolve(*inputs)
         again.instead_of(x, _convolve, *inputs)
