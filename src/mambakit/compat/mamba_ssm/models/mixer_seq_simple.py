@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.compat.mamba_ssm.models.config_mamba import MambaConfig
+from mambakit.compat.mamba_ssm.models.decoder import Decoder, is_plain
 from mambakit.compat.mamba_ssm.modules.block import Block, add_norm
 from mambakit.compat.mamba_ssm.modules.mamba_simple import Mamba
 from mambakit.compat.mamba_ssm.ops.triton.layer_norm import RMSNorm
@@ -234,6 +235,11 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         """
         hidden = self.backbone(input_ids, inference_params=inference_params, **mixer_kwargs)
         return CausalLMOutput(self.lm_head(hidden[:, -num_last_tokens:]))
+
+    def decoder(self) -> Decoder | None:
+        """What `decode` calls instead of the model: the same weights with fused steps, if it is plain."""
+        is_whole = type(self) is MambaLMHeadModel and type(self.backbone) is MixerModel
+        return Decoder(self) if is_whole and is_plain(self) else None
 
     @classmethod
     def from_pretrained(

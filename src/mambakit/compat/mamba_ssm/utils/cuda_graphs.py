@@ -24,6 +24,7 @@ class DecodingCGCache:
         max_seqlen: Without effect: states do not grow.
         device: Of the model when the graphs were captured.
         dtype: The same.
+        read: What the graphs read: the type of the model, and the addresses of its weights.
         callables: Graph of each (batch, positions at once).
         mempool: Memory that the graphs share.
         inference_params: The states.
@@ -34,6 +35,7 @@ class DecodingCGCache:
     max_seqlen: int = 0
     device: torch.device | None = None
     dtype: torch.dtype | None = None
+    read: tuple[Any, ...] = ()
     callables: dict[tuple[int, int], Run] = field(default_factory=dict)
     mempool: Any = None
     inference_params: InferenceParams | None = None
@@ -55,7 +57,7 @@ def update_graph_cache(
 
     Args:
         model: Has `allocate_inference_cache`, and is called as by `decode`.
-        cache: From an earlier call. One for another batch, device or dtype is thrown away.
+        cache: From an earlier call. One for another batch, dtype or other weights is thrown away.
         batch_size: B.
         seqlen_og: Without effect.
         max_seqlen: Without effect.
@@ -65,15 +67,14 @@ def update_graph_cache(
     """
     parameter = next(iter(model.parameters()))
     device, dtype = parameter.device, dtype or parameter.dtype
-    is_fit = cache is not None and (cache.device, cache.dtype, cache.max_batch_size) == (
-        device, dtype, batch_size,
-    )  # fmt: skip
-    if cache is None or not is_fit:
+    read = (type(model), *(parameter.data_ptr() for parameter in model.parameters()))
+    wanted = device, dtype, batch_size, read
+    if cache is None or (cache.device, cache.dtype, cache.max_batch_size, cache.read) != wanted:
         states = model.allocate_inference_cache(batch_size, max_seqlen, dtype)
         new = InferenceParams(max_seqlen, batch_size, key_value_memory_dict=states)
         pool = torch.cuda.graph_pool_handle()
         cache = DecodingCGCache(
-            batch_size, max_seqlen, device, dtype, mempool=pool, inference_params=new
+            batch_size, max_seqlen, device, dtype, read=read, mempool=pool, inference_params=new
         )
     graphs, params = cache.callables, cache.inference_params
     assert params is not None

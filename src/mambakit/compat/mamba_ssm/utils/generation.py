@@ -182,14 +182,14 @@ class _Stepper:
     """Reads tokens into a model's states, by a CUDA graph where one is captured."""
 
     def __init__(self, model: Any, batch: int, max_length: int, cg: bool) -> None:
-        self._model = model
+        decoder = getattr(model, "decoder", lambda: None)()
+        self._model = model if decoder is None else decoder
         self._cache: DecodingCGCache | None = None
         self._params = InferenceParams(max_length, batch)
-        if cg and next(iter(model.parameters())).is_cuda:
+        if cg and next(iter(self._model.parameters())).is_cuda:
             old = getattr(model, "_decoding_cache", None)
-            self._cache = model._decoding_cache = update_graph_cache(
-                model, old, batch, 0, max_length
-            )
+            self._cache = update_graph_cache(self._model, old, batch, 0, max_length)
+            model._decoding_cache = self._cache
             assert self._cache.inference_params is not None
             self._params = self._cache.inference_params
             self._params.reset(max_length, batch)
