@@ -82,9 +82,9 @@ def _update(
     if state.ndim not in (3, 4):
         raise ShapeError(f"state: got shape {tuple(state.shape)}, wanted (B, D, N) or (B, H, P, N)")
     rows = state if indices is None else state[indices.long()]
-    # One float32 state of all channels: the caller's own if it has this form.
     wide = torch.promote_types(torch.promote_types(rows.dtype, torch.float32), A.dtype)
-    flat = rows.to(wide).flatten(1, -2).contiguous()
+    is_own = rows is state and state.dtype == wide and state.is_contiguous()
+    flat = rows.flatten(1, -2) if is_own else rows.to(wide).flatten(1, -2).contiguous()
     x_flat, dt_flat, A_flat = x.flatten(1), dt.flatten(1), A.flatten(0, -2)
     D_flat, z_flat = (None if D is None else D.flatten()), (None if z is None else z.flatten(1))
     bias = None if dt_bias is None else dt_bias.flatten()
@@ -92,6 +92,6 @@ def _update(
     y = selective_scan_step(flat, *arguments, backend=backend)
     if indices is not None:
         state[indices.long()] = flat.view(rows.shape).to(state.dtype)
-    elif flat.data_ptr() != state.data_ptr():
+    elif not is_own:
         state.copy_(flat.view(state.shape))
     return y.view(x.shape)
