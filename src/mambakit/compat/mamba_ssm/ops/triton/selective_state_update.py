@@ -82,7 +82,7 @@ def _update(
     if state.ndim not in (3, 4):
         raise ShapeError(f"state: got shape {tuple(state.shape)}, wanted (B, D, N) or (B, H, P, N)")
     rows = state if indices is None else state[indices.long()]
-    wide = torch.promote_types(torch.promote_types(rows.dtype, torch.float32), A.dtype)
+    wide = torch.promote_types(torch.promote_types(x.dtype, torch.float32), A.dtype)
     is_own = rows is state and state.dtype == wide and state.is_contiguous()
     flat = rows.flatten(1, -2) if is_own else rows.to(wide).flatten(1, -2).contiguous()
     x_flat, dt_flat, A_flat = x.flatten(1), dt.flatten(1), A.flatten(0, -2)
