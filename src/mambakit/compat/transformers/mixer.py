@@ -46,7 +46,8 @@ def forward(
     inputs, z = self.in_proj(_masked(hidden_states, mask)).chunk(2, dim=-1)
     # The backward pass needs x and dt, each as large as z, but they are cheap to make again.
     with Recomputation(wanted=hidden_states.device.type in RECOMPUTES_ON) as again:
-        convolve = partial(_convolve, activation=self.act)
+        is_silu = self.activation in ("silu", "swish")
+        convolve = partial(_convolve, activation=None if is_silu else self.act)
         past = None if conv_state is None else _past(conv_state, self.conv1d.weight.shape[-1])
         read = self.conv1d.weight, self.conv1d.bias, inputs, past, seq_idx, mask
         x = convolve(*read)
@@ -90,10 +91,10 @@ def _convolve(
     mask: Tensor | None,
     activation: Any,
 ) -> Tensor:
-    is_silu = isinstance(activation, nn.SiLU)
-    name = "silu" if is_silu else None
+    """The convolution and its activation; None is SiLU, within the operation."""
+    name = "silu" if activation is None else None
     y, _ = causal_conv1d(x, weight.squeeze(1), bias, name, initial_state=past, seq_idx=seq_idx)
-    return _masked(y if is_silu else activation(y), mask)
+    return _masked(y if activation is None else activation(y), mask)
 
 
 def _project(dt_proj: nn.Module, dt: Tensor, again: Recomputation) -> tuple[Tensor, Tensor | None]:
