@@ -15,9 +15,9 @@ from mambakit.ops import selective_scan
 pytestmark = pytest.mark.gpu
 
 
-def make_model(**fields) -> MambaLMHeadModel:
+def make_model(rms_norm: bool = True, **fields) -> MambaLMHeadModel:
     model = MambaLMHeadModel(
-        MambaConfig(d_model=64, n_layer=3, vocab_size=96, tie_embeddings=False),
+        MambaConfig(d_model=64, n_layer=3, vocab_size=96, tie_embeddings=False, rms_norm=rms_norm),
         device="cuda",
         **fields,
     )
@@ -34,8 +34,11 @@ def test_same_logits_as_on_the_cpu():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cuda_graph_decodes_the_same(dtype):
-    model = make_model(dtype=dtype)
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_a_cuda_graph_decodes_the_same(dtype, is_plain):
+    """A plain model by the fused steps of our own, one with layer norms module by module."""
+    model = make_model(rms_norm=is_plain, dtype=dtype)
+    assert (model.decoder() is not None) == is_plain
     for batch, length in (
         (2, 9),
         (2, 5),
