@@ -187,7 +187,7 @@ def read_quantisation(folder: str | os.PathLike[str]) -> Quantisation | None:
 def _understand(folder: Path) -> tuple[MambaConfig, Quantisation | None, Layout]:
     """The config of a checkpoint, how it is quantised, and its format."""
     path = base_folder(folder) / CONFIG_FILE
-    description = _description(path)
+    description = read_description(path)
     layout = next((it for it in LAYOUTS.values() if it.recognises(description)), None)
     if layout is None:
         kind = description.get("model_type") or description.get("format")
@@ -203,7 +203,12 @@ def _understand(folder: Path) -> tuple[MambaConfig, Quantisation | None, Layout]
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
+    """What a config.json says, in whichever format.
+
+    Raises:
+        CheckpointError: There is none, or it is no JSON object.
+    """
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
