@@ -240,7 +240,7 @@ def test_a_model_of_another_tokenizer(refuse: Refuse, trained: Path, tmp_path: P
 
 def test_nothing_to_evaluate(refuse: Refuse, trained: Path) -> None:
     line = refuse("evaluate", "--checkpoint", trained)
-    assert line == "give a prepared folder or text files to evaluate on"
+    assert line == "give a prepared folder or text files to evaluate on, or --tasks"
 
 
 def test_the_demo_refuses_an_absurd_time(refuse: Refuse, tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ import pytest
 
 PACKAGES = [
     "mambakit",
-    *(f"mambakit.{name}" for name in ("data", "generate", "models", "nn", "reproduce", "train")),
+    *(
+        f"mambakit.{name}"
+        for name in ("data", "evaluate", "generate", "models", "nn", "reproduce", "train")
+    ),
 ]
 
 

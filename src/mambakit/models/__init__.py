@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mambakit.models.checkpoint import read_config as read_config
     from mambakit.models.checkpoint import save_model as save_model
     from mambakit.models.config import MambaConfig as MambaConfig
+    from mambakit.models.export import load_exported as load_exported
     from mambakit.models.language_model import MambaLanguageModel as MambaLanguageModel
     from mambakit.models.presets import PRESETS as PRESETS
     from mambakit.models.presets import preset as preset
@@ -34,6 +35,7 @@ _EXPORTS = {
     "TransformerLanguageModel": "mambakit.models.transformer",
     "TransformerState": "mambakit.models.transformer",
     "FORMATS": "mambakit.models.checkpoint",
+    "load_exported": "mambakit.models.export",
     "load_model": "mambakit.models.checkpoint",
     "preset": "mambakit.models.presets",
     "quantise": "mambakit.models.quantisation",
@@ -51,6 +53,7 @@ __all__ = [
     "TransformerConfig",
     "TransformerLanguageModel",
     "TransformerState",
+    "load_exported",
     "load_model",
     "preset",
     "quantise",

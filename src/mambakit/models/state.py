@@ -57,3 +57,5 @@ class ModelState:
 
 # So that `torch.export` and PyTorch's trees look into it; the name is written into exported files.
 torch.export.register_dataclass(ModelState, serialized_type_name="mambakit.ModelState")
+# And so that `torch.load` reads it in a file without trusting the file otherwise.
+torch.serialization.add_safe_globals([ModelState])

@@ -63,3 +63,5 @@ class MixerState:
 
 # So that `torch.export` and PyTorch's trees look into it; the name is written into exported files.
 torch.export.register_dataclass(MixerState, serialized_type_name="mambakit.MixerState")
+# And so that `torch.load` reads it in a file without trusting the file otherwise.
+torch.serialization.add_safe_globals([MixerState])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.export import Dim
 
-from mambakit.models import MambaConfig, MambaLanguageModel
+from mambakit.errors import CheckpointError
+from mambakit.models import MambaConfig, MambaLanguageModel, load_exported
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # The compiler's own.
 
@@ -79,3 +83,71 @@ def test_compile_of_a_prompt_and_of_a_step():
     step = torch.compile(model.step, fullgraph=True)
     torch.testing.assert_close(step(tokens[:, 0], state), model.step(tokens[:, 0], other))
     torch.testing.assert_close(state.layers[0].ssm_state, other.layers[0].ssm_state)
+
+
+@torch.no_grad()
+def test_a_file_in_a_process_that_has_not_made_it(tmp_path):
+    """With states going in and out, whose types the file names."""
+    model, tokens = make_model(), torch.randint(0, 96, (3, 9))
+    _, state = model.prefill(tokens)
+    shapes = {"tokens": {0: BATCH, 1: LENGTH}, "state": [[[{0: BATCH}, {0: BATCH}]] * 2]}
+    program = torch.export.export(model, (tokens, state), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "model.pt2")
+
+    tokens = torch.randint(0, 96, (5, 33))
+    _, state = model.prefill(tokens)
+    logits, _ = model(tokens, state)
+    torch.save((tokens, state, logits), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch\n"
+        "from mambakit.models import load_exported\n"
+        "program = load_exported(sys.argv[1]).module()\n"
+        "tokens, state, logits = torch.load(sys.argv[2], weights_only=True)\n"
+        "found, after = program(tokens, state)\n"
+        "torch.testing.assert_close(found, logits)\n"
+        "print(after.batch_size)\n"
+    )
+    files = (str(tmp_path / "model.pt2"), str(tmp_path / "expected.pt"))
+    result = subprocess.run(
+        [sys.executable, "-c", code, *files], capture_output=True, encoding="utf-8"
+    )
+    assert (result.returncode, result.stdout) == (0, "5\n"), result.stderr
+
+
+def test_files_that_are_no_exported_model(tmp_path):
+    with pytest.raises(CheckpointError, match=r"model\.pt2 is missing"):
+        load_exported(tmp_path / "model.pt2")
+    (tmp_path / "model.pt2").write_bytes(b"PK not a model")
+    with pytest.raises(CheckpointError, match=r"model\.pt2 is damaged, or no exported program"):
+        load_exported(tmp_path / "model.pt2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recomputed", "backend"), [(False, "inductor"), (False, "aot_eager"), (True, "aot_eager")]
+)
+def test_compile_of_training(recomputed, backend):
+    """Forward and backward as one graph each, for other sizes, with states between pieces of a text."""
+    model = make_model(n_layer=1)
+    model.activation_checkpointing = recomputed
+
+    def loss(tokens, targets, state):
+        return model.loss(tokens, targets, state=state)
+
+    def step(loss, size):
+        tokens = torch.arange(size[0] * size[1]).view(size) * 7 % 96
+        model.zero_grad()
+        first, state = loss(tokens, tokens, model.initial_state(size[0]))
+        second, _ = loss(tokens, tokens, state.detach())
+        (first + second).backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        return second.detach(), gradients
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    for size in SIZES[1:]:
+        expected, gradients = step(loss, size)
+        found, own = step(compiled, size)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(own, gradients)
+        assert all(gradient.abs().sum() > 0 for gradient in own.values())

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mambakit.cli.evaluate import _plain
+from mambakit.cli.main import main
+from mambakit.data import BytesTokenizer
+from mambakit.models import MambaConfig, MambaLanguageModel
+
+HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
+needs_lm_eval = pytest.mark.skipif(not HAS_LM_EVAL, reason="needs lm-eval")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    model = MambaLanguageModel(MambaConfig(d_model=24, n_layer=2, vocab_size=257))
+    model.save_pretrained(folder, tokenizer=BytesTokenizer())
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    (tmp_path / "text.txt").write_text("one and two\n" * 9)
+    return tmp_path / "text.txt"
+
+
+def evaluate(checkpoint: Path, *args: object) -> int:
+    flags = ("--checkpoint", checkpoint, "--device", "cpu")
+    return main(["evaluate", *map(str, flags), *map(str, args)])
+
+
+def test_the_result_of_a_text_as_json(checkpoint, text, tmp_path, capsys):
+    assert evaluate(checkpoint, text, "--output", tmp_path / "new" / "out.json") == 0
+    result = json.loads((tmp_path / "new" / "out.json").read_text())
+    assert result["tokens"] == 108
+    assert f"{result['perplexity']:.3f}" in capsys.readouterr().out
+    assert evaluate(checkpoint, text) == 0
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore")  # lm_eval's own.
+def test_tasks_end_with_a_table_and_json(checkpoint, task_folder, tmp_path, capsys):
+    flags = ("--include-path", task_folder, "--limit", 3, "--num-fewshot", 1, "--batch-size", 2)
+    output = ("--max-length", 40, "--output", tmp_path / "out.json")
+    names = "squares_answer, squares_text"
+    assert evaluate(checkpoint, "--tasks", names, *flags, *output) == 0
+    printed = capsys.readouterr()
+    rows = [line.split("|")[1:-1] for line in printed.out.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    result = json.loads((tmp_path / "out.json").read_text())
+    value = result["results"]["squares_answer"]["perplexity,none"]
+    (row,) = [row for row in cells if row[0] == "squares_answer"]
+    assert row[3:5] == ["1", "perplexity"]
+    assert float(row[6]) == pytest.approx(value, abs=1e-3)
+    assert [row[0] for row in cells[2:]] == ["squares_answer", "squares_text"]
+    assert result["config"]["limit"] == 3
+    assert result["config"]["max_length"] == 40
+    assert result["config"]["batch_size"] == 2
+    assert result["config"]["random_seed"] == 0
+    assert "samples" not in result
+    assert "Scoring: 100%" in printed.err
+
+
+def test_numbers_of_numpy_are_numbers_in_json():
+    values = {"count": np.int64(3), "right": np.bool_(True), "file": Path("a")}
+    text = json.dumps(values, default=_plain)
+    assert json.loads(text) == {"count": 3, "right": True, "file": "a"}
+
+
+def test_without_lm_eval(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert evaluate(checkpoint, "--tasks", "lambada_openai") == 2
+    assert capsys.readouterr().err == "error: --tasks needs lm-eval; pip install 'mambakit[eval]'\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "give a prepared folder or text files to evaluate on, or --tasks"),
+        (("a.txt", "--limit", "3"), "--limit: is for --tasks, not for a text"),
+        (("a.txt", "--max-length", "3", "--num-fewshot", "1"), "--num-fewshot, --max-length: is"),
+        (("a.txt", "--tasks", "x"), "got --tasks and a.txt, wanted either of them"),
+        (("--tasks", "x", "--seqlen", "3"), "--seqlen: is for a text, not for --tasks"),
+        (("--tasks", "x", "--documents"), "--documents: is for a text, not for --tasks"),
+    ],
+)
+def test_options_that_do_not_belong_together(checkpoint, args, message, capsys):
+    assert evaluate(checkpoint, *args) == 2
+    assert message in capsys.readouterr().err
