@@ -214,6 +214,29 @@ def test_adapters_of_the_projection_to_dt_count():
     torch.testing.assert_close(merged, expected, **TOLERANCE)
 
 
+@pytest.mark.slow
+def test_compiled_as_one_graph():
+    model = make_model("mamba")
+    mambakit.compat.install()
+    tokens = torch.randint(0, VOCAB, (2, 9))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected, **TOLERANCE)
+
+
+@pytest.mark.slow
+def test_an_export_does_not_need_us():
+    model = make_model("mamba")
+    tokens = torch.randint(0, VOCAB, (1, 5))
+    expected = model(tokens, use_cache=False).logits
+    mambakit.compat.install()
+    program = torch.export.export(model, (tokens,), {"use_cache": False})
+    assert "mambakit" not in str(program.graph)
+    found = program.module()(tokens, use_cache=False).logits
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
 def test_uninstall_gives_their_forward_back(calls):
     model = make_model("mamba")
     mambakit.compat.install()

@@ -7,6 +7,7 @@ when several tokens follow a cache, ignores padding in training, and reads the w
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
@@ -50,13 +51,21 @@ def _patch(module: ModuleType) -> None:
     mixer = getattr(module, MIXERS[module.__name__], None)
     if mixer is None or not hasattr(module, _FUNCTION) or mixer in _originals:
         return
+    import torch
     from transformers.integrations.accelerate import force_accelerate_hooks
 
     from mambakit.compat.transformers.mixer import forward
 
-    _originals[mixer] = mixer.forward
+    theirs = mixer.forward
+
+    @functools.wraps(forward)
+    def ours_or_exported(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # What is exported runs elsewhere: in ONNX, or where there is no mambakit.
+        return (theirs if torch.compiler.is_exporting() else forward)(self, *args, **kwargs)
+
+    _originals[mixer] = theirs
     # Weights that are read and not called have to be where the input is.
-    mixer.forward = force_accelerate_hooks(["conv1d", "dt_proj"])(forward)
+    mixer.forward = force_accelerate_hooks(["conv1d", "dt_proj"])(ours_or_exported)
 
 
 class _Hook(MetaPathFinder):
