@@ -55,6 +55,7 @@ def test_the_key_of_the_text_in_json_lines(checkpoint, tmp_path, capsys):
 
 @needs_lm_eval
 @pytest.mark.filterwarnings("ignore")  # lm_eval's own.
+@pytest.mark.usefixtures("quick_lm_eval")
 def test_tasks_end_with_a_table_and_json(checkpoint, task_folder, tmp_path, capsys):
     flags = ("--include-path", task_folder, "--limit", 3, "--num-fewshot", 1, "--batch-size", 2)
     output = ("--max-length", 40, "--output", tmp_path / "out.json")
