@@ -3,18 +3,22 @@
     python benchmarks/decoding.py                                    # 130M, on the GPU if there is one
     python benchmarks/decoding.py --mamba 1.4b --transformer 1.3b    # other sizes
     python benchmarks/decoding.py --batches 1 8 --lengths 1024 4096  # parts of it
-    python benchmarks/decoding.py --json benchmarks/results/decoding-gpu.json
+    python benchmarks/decoding.py --json benchmarks/results/decoding-gpu.json --plot docs/pictures/decoding-gpu.png
+    python benchmarks/decoding.py --draw results.json --plot picture.png   # no GPU needed
 
 Random weights; bfloat16 on a GPU, float32 on a CPU. A step is one token for every sequence of the batch, greedy, and
 ends when the host has it (of the step before, on a GPU). Mamba runs in `Engine`. The Transformer has read 2,048 tokens;
 its step, argmax included, is a CUDA graph on a GPU. Medians of 128 steps (32 on a CPU). The roof is the time in which
-the memory moves Mamba's weights once and its states twice.
+the memory moves Mamba's weights once and its states twice. Prompts of 2,048 tokens are read by the models themselves,
+all of a batch at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +88,17 @@ def transformer_steps(model: TransformerLanguageModel, batch: int, steps: int) -
     return timed(replay, steps, lambda: True)
 
 
+def reading(model: MambaLanguageModel | TransformerLanguageModel, batch: int) -> Measurement:
+    """Seconds that prompts of `PROMPT` tokens take, one for each sequence of the batch."""
+    device = next(model.parameters()).device
+    tokens = torch.randint(model.config.vocab_size, (batch, PROMPT), device=device)
+
+    def read() -> None:
+        model.prefill(tokens)[0].argmax(-1).tolist()
+
+    return measure(read, repeats=5)
+
+
 def timed(step: Callable[[], Any], steps: int, is_ready: Callable[[], bool]) -> Measurement:
     """Seconds between the ends of steps, once everything is under way."""
     while True:
@@ -138,6 +153,56 @@ def cells(line: dict[str, Any]) -> list[str]:
     return [line["case"], f"{line['ms']:.3f}", f"±{line['spread']:.0%}", rate, roof]
 
 
+def plot(rows: list[dict[str, Any]], where: str, path: Path) -> None:
+    """Tokens/s over the batch with the roof, and milliseconds a step over the length of the prompt."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (over_batch, over_length) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    curves: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for found in rows:
+        model, what, count = re.fullmatch(r"(.+), (\w+) (\d+)", found["case"]).groups()  # type: ignore[union-attr]
+        if "failed" not in found:
+            curves.setdefault((model, what), {})[int(count)] = found
+    for (model, what), points in curves.items():
+        marker = "o" if model.startswith("mamba") else "s"
+        if what == "batch":
+            rates = [point["tokens_per_s"] for point in points.values()]
+            [line] = over_batch.plot([*points], rates, marker=marker, label=model)
+            if model.startswith("mamba"):
+                roofs = [batch / point["roof_ms"] * 1e3 for batch, point in points.items()]
+                style = {"ls": ":", "color": line.get_color(), "label": f"roof of {model}"}
+                over_batch.plot([*points], roofs, **style)
+        elif what == "prompt":
+            times = [point["ms"] for point in points.values()]
+            over_length.plot([*points], times, marker=marker, label=model)
+    over_batch.set(
+        xscale="log",
+        yscale="log",
+        xlabel="batch",
+        ylabel="tokens/s",
+        title=f"after {PROMPT:,} tokens",
+    )
+    over_batch.set_xticks(ticks := [2**n for n in range(0, 9)], [str(tick) for tick in ticks])
+    over_length.set(
+        xscale="log", xlabel="tokens of the prompt", ylabel="ms a step", title="batch 1"
+    )
+    ticks = sorted(
+        {count for (_, what), points in curves.items() if what == "prompt" for count in points}
+    )
+    over_length.set_xticks(ticks, [f"{n // 1024}k" if n < 2**20 else f"{n >> 20}M" for n in ticks])
+    over_length.set_ylim(0, 1.2 * over_length.get_ylim()[1])
+    for axis in (over_batch, over_length):
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.suptitle(f"decoding, {where}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
 def arguments(device: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--mamba", default="130m")
@@ -146,6 +211,11 @@ def arguments(device: str) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="*", default=[2**n for n in powers])
     powers = range(10, 21, 2) if device == "cuda" else range(10, 15, 2)
     parser.add_argument("--lengths", type=int, nargs="*", default=[2**n for n in powers])
+    parser.add_argument(
+        "--prompts", type=int, nargs="*", default=[1, 64] if device == "cuda" else [1]
+    )
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--draw", type=Path, help="measure nothing; --plot the rows of this file")
     parser.add_argument("--commit", help="if the repository's history is not at hand")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -156,6 +226,10 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, steps = (torch.bfloat16, 128) if device == "cuda" else (torch.float32, 32)
     options = arguments(device)
+    if options.draw:
+        results = json.loads(options.draw.read_text(encoding="utf-8"))
+        plot(results["rows"], where(results["environment"]), options.plot)
+        return
     torch.manual_seed(0)
     with torch.device(device):
         mamba = MambaLanguageModel(preset(options.mamba)).to(dtype)
@@ -172,11 +246,26 @@ def main() -> None:
     for length in options.lengths:
         line = row(f"mamba {options.mamba}, prompt {length}", after_prompt(mamba, length, steps), 1)
         lines.append({**line, "roof_ms": (weights + 2 * state) / speed * 1e3})
+    for batch in options.prompts:
+        for name, model in (
+            (f"mamba {options.mamba}", mamba),
+            (f"transformer {options.transformer}", transformer),
+        ):
+            found = or_no_memory(lambda: reading(model, batch))  # noqa: B023
+            line = row(f"{name}, reading {batch}", found, batch * PROMPT)
+            lines.append(line)
     header = ("", "ms/step", "spread", "tokens/s", "roof, ms")
     print_table(f"decoding on {device}, {dtype}", header, [cells(line) for line in lines])
+    known = gpu_environment(options.commit) if device == "cuda" else environment()
     if options.json is not None:
-        known = gpu_environment(options.commit) if device == "cuda" else environment()
         save(options.json, {"environment": known, "rows": lines})
+    if options.plot is not None:
+        plot(lines, where(known), options.plot)
+
+
+def where(known: dict[str, Any]) -> str:
+    """The device and the dtype, for a title."""
+    return f"bfloat16, one {known['gpu']}" if "gpu" in known else f"float32, {known['processor']}"
 
 
 if __name__ == "__main__":

@@ -81,6 +81,24 @@ def test_autocast_multiplies_in_bfloat16(backend: str) -> None:
     assert loss != linear_cross_entropy(hidden, weight, targets, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("which", ["hidden", "weight"])
+def test_one_gradient_of_two(backend: str, which: str) -> None:
+    """A frozen head, or frozen layers below it."""
+    with device_of(backend):
+        hidden, weight = torch.randn(20, 6), torch.randn(9, 6)
+        targets = torch.randint(0, 9, (20,))
+    found = []
+    for wanted in (["hidden", "weight"], [which]):
+        leaves = {"hidden": hidden.clone(), "weight": weight.clone()}
+        for name in wanted:
+            leaves[name].requires_grad_()
+        linear_cross_entropy(**leaves, targets=targets, backend=backend).backward()
+        assert [name for name, leaf in leaves.items() if leaf.grad is not None] == wanted
+        found.append(leaves[which].grad)
+    assert torch.equal(*found)
+
+
 def test_reference_gradients_twice() -> None:
     hidden, weight = (widen(torch.randn(s)).requires_grad_() for s in ((3, 2), (4, 2)))
     targets = torch.tensor([1, -100, 3])

@@ -89,10 +89,11 @@ def _check(folder: Path, out: Path) -> None:
 
 
 def _megabytes(folder: Path) -> float:
-    """Size of the weights of a checkpoint."""
+    """Size of the weights of a checkpoint; of an adapter, those of the model it is merged into."""
+    from mambakit.models.checkpoint import base_folder
     from mambakit.models.weights import weight_files
 
-    return sum(file.stat().st_size for file in weight_files(folder)) / 1e6
+    return sum(file.stat().st_size for file in weight_files(base_folder(folder))) / 1e6
 
 
 def _quantise(model: MambaLanguageModel, quantisation: Quantisation) -> None:

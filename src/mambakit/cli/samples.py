@@ -31,6 +31,7 @@ class Samples(Callback):
         """Write a sample, always with the same random numbers."""
         if trainer.step % self._every:
             return
+        trainer.model.eval()
         (text,) = generate_text(
             trainer.model,
             trainer.tokenizer,
@@ -39,6 +40,7 @@ class Samples(Callback):
             max_tokens=self._max_tokens,
             seed=0,
         )
+        trainer.model.train()
         trainer.log.write(trainer.step, {"sample": self._prompt + text})
         self._console.rule(f"sample at step {trainer.step}")
         self._console.print(self._prompt + text, markup=False, highlight=False)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class Train:
     """Train a model, or go on with the run that is in the folder --out.
 
+    With --init-from a checkpoint is trained further; with --lora too, small adapters of it.
     Ctrl-C saves and stops; the same command goes on from there. On several GPUs:
     torchrun --nproc-per-node 8 -m mambakit train ...
     """
@@ -69,11 +70,18 @@ def run(args: Sequence[str]) -> int:
 
 
 def defaults(args: Sequence[str]) -> Train:
-    """The options before the flags: from the files that --config, --preset and --data name."""
-    config, shape, data = (_value(args, name) for name in ("--config", "--preset", "--data"))
+    """The options before the flags: from what --config, --preset, --data and --init-from name."""
+    names = ("--config", "--preset", "--data", "--init-from")
+    config, shape, data, start = (_value(args, name) for name in names)
     values = read_toml(Path(config)) if config else {}
+    if start:
+        values["init_from"] = start
+    if "--lora" in args:
+        values["lora"] = True
     if shape:
         values["model"] = preset(shape).to_dict()
+    elif values.get("init_from") and "model" not in values:
+        values["model"] = _shape_of(values["init_from"])
     training = TrainConfig.from_dict({"data": "", "out": "", **values})
     data = data or values.get("data")
     if data and is_prepared(data) and (shape or "vocab_size" not in values.get("model", {})):
@@ -83,6 +91,15 @@ def defaults(args: Sequence[str]) -> Train:
         if name not in values:
             object.__setattr__(training, name, tyro.MISSING)  # So that tyro asks for it.
     return Train(training=training)
+
+
+def _shape_of(checkpoint: str) -> dict[str, Any]:
+    """The model's fields in the checkpoint that a run starts from."""
+    from mambakit.models.checkpoint import read_config
+    from mambakit.models.hub import locate
+    from mambakit.train.start import find_start
+
+    return read_config(locate(find_start(checkpoint))).to_dict()
 
 
 def _value(args: Sequence[str], flag: str) -> str | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mambakit.errors import ArgumentError, CheckpointError, ConfigError
 from mambakit.files import atomic_write
+from mambakit.models.adapter import Adapter, base_of, has_adapters, is_adapter
 from mambakit.models.config import MambaConfig
 from mambakit.models.fit import check_fit, joined, tied_head
 from mambakit.models.formats import huggingface, mambakit, official
@@ -53,7 +54,8 @@ def save_model(
         tokenizer: Saved beside the weights; in a GGUF, within it. Default: none.
 
     Raises:
-        ArgumentError: There is no such format, or the model is quantised and it is not "mambakit".
+        ArgumentError: There is no such format, the model is quantised and it is not "mambakit", or
+            the model has adapters.
         ConfigError: The format has no model like this one.
         MambakitError: The folder cannot be written, or the disk is full.
     """
@@ -64,6 +66,11 @@ def save_model(
         raise ArgumentError(
             f"format: got {format!r}, but the model is quantised, wanted {mambakit.NAME!r}; "
             "save the float model it came from"
+        )
+    if has_adapters(model):
+        raise ArgumentError(
+            "model: has adapters, which no format has; save merge_and_unload() of its PeftModel, "
+            "or the adapters with its save_pretrained"
         )
     if format == GGUF:
         write_gguf(model.state_dict(), model.config, folder / "model.gguf", tokenizer)
@@ -97,10 +104,11 @@ def load_model(
 
     The weights are mapped into memory and go to their device and dtype one by one, so it takes the
     memory of the model alone. What need not be converted stays mapped: then the file must not be
-    written into (to replace it is fine).
+    written into (to replace it is fine). A LoRA adapter of peft is merged, in float32, into the
+    checkpoint that it names.
 
     Args:
-        source: Folder of the checkpoint, or an id of the Hugging Face hub.
+        source: Folder of the checkpoint or adapter, or an id of the Hugging Face hub.
         device: Where the weights go.
         dtype: Cast the weights to it (what must stay float32 does, and so do codes and their
             scales). Default: as they were saved.
@@ -108,12 +116,17 @@ def load_model(
 
     Raises:
         CheckpointError: There is no checkpoint, it is damaged, of a kind that is not known here,
-            does not fit its config, holds code, or is from a newer version.
+            does not fit its config, holds code, or is from a newer version; or an adapter does not
+            fit the weights that it changes.
+        MambakitError: It is an adapter, and the package peft is not installed.
 
     Warns:
         UserWarning: Weights are NaN or infinite.
     """
     folder = locate(source, revision)
+    name = os.path.abspath(folder) if folder == Path(source) else os.fspath(source)
+    if is_adapter(folder):
+        return _load_merged(folder, name, device, dtype)
     config, quantisation, layout = _understand(folder)
     with torch.device("meta"):
         model = MambaLanguageModel(config)
@@ -127,7 +140,30 @@ def load_model(
     embedding: Any = model.backbone.embedding
     if isinstance(embedding, QuantisedEmbedding):
         embedding.dtype = model.backbone.norm_f.weight.dtype
+    model.name_or_path = name
     return model
+
+
+def _load_merged(
+    folder: Path, name: str, device: torch.device | str, dtype: torch.dtype | None
+) -> MambaLanguageModel:
+    """The model that an adapter changes, with it."""
+    base = base_of(folder)
+    try:
+        model = load_model(base, device)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder} is an adapter of {base}, which cannot be opened: {error}"
+        ) from error
+    dtype = dtype or model.backbone.norm_f.weight.dtype
+    Adapter.open(model.float(), folder).merge()
+    model.name_or_path = name
+    return model.to(dtype)
+
+
+def base_folder(folder: Path) -> Path:
+    """The folder of a checkpoint's whole weights: its own; of an adapter, that of the model it changes."""
+    return base_folder(locate(base_of(folder))) if is_adapter(folder) else folder
 
 
 def read_config(folder: str | os.PathLike[str]) -> MambaConfig:
@@ -150,8 +186,8 @@ def read_quantisation(folder: str | os.PathLike[str]) -> Quantisation | None:
 
 def _understand(folder: Path) -> tuple[MambaConfig, Quantisation | None, Layout]:
     """The config of a checkpoint, how it is quantised, and its format."""
-    path = folder / CONFIG_FILE
-    description = _description(path)
+    path = base_folder(folder) / CONFIG_FILE
+    description = read_description(path)
     layout = next((it for it in LAYOUTS.values() if it.recognises(description)), None)
     if layout is None:
         kind = description.get("model_type") or description.get("format")
@@ -167,7 +203,12 @@ def _understand(folder: Path) -> tuple[MambaConfig, Quantisation | None, Layout]
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
+    """What a config.json says, in whichever format.
+
+    Raises:
+        CheckpointError: There is none, or it is no JSON object.
+    """
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -188,6 +189,18 @@ class MambaConfig:
                 )
                 raise ConfigError(f"model config: unknown field {key!r}; {hint}")
         return cls(**values)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str]) -> MambaConfig:
+        """Read the config of a checkpoint, from a folder or the hub, as `load_model` takes it.
+
+        Raises:
+            CheckpointError: There is none, or it cannot be read or understood.
+        """
+        from mambakit.models.checkpoint import read_config
+        from mambakit.models.hub import locate
+
+        return read_config(locate(source))
 
 
 def _is_integer(value: Any, low: int, high: int) -> bool:

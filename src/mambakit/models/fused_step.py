@@ -17,6 +17,7 @@ from mambakit.nn.linear import DtProjection, Linear
 from mambakit.nn.mixer import MambaMixer
 from mambakit.nn.norm import RMSNorm
 from mambakit.nn.quantised_linear import QuantisedDtProjection, QuantisedEmbedding, QuantisedLinear
+from mambakit.nn.recomputation import is_plain
 from mambakit.nn.state import MixerState
 from mambakit.ops import cuda
 from mambakit.ops.cpu import model_step as on_cpu
@@ -47,7 +48,7 @@ def fused_step(
     modules = [*map(_modules, blocks)]
     plain = [embedding, norm_f, head, *chain.from_iterable(modules)]
     ends, kinds = _KINDS if model.quantisation is None else _QUANTISED_KINDS
-    if not all(map(_is_plain, plain, (*ends, *kinds * len(blocks)))):
+    if not all(map(is_plain, plain, (*ends, *kinds * len(blocks)))):
         return None
     dtype = norm_f.weight.dtype
     if device != norm_f.weight.device or device.type not in ("cpu", "cuda"):
@@ -94,15 +95,6 @@ def _modules(block: Any) -> tuple[Any, ...]:
     norm, mixer = block._modules["norm"], block._modules["mixer"]
     names = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
     return (block, norm, mixer, *[mixer._modules[name] for name in names])
-
-
-def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
-    return (
-        type(module) is kind
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in module.__dict__
-    )
 
 
 def _layer(modules: tuple[Any, ...], state: MixerState) -> Layer:

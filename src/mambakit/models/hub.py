@@ -10,7 +10,13 @@ from mambakit.errors import ArgumentError, CheckpointError
 from mambakit.models.formats.layout import CONFIG_FILE, PICKLE, SAFETENSORS
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_FILES = (CONFIG_FILE, "tokenizer.json", "tokenizer_config.json")
+_FILES = (
+    CONFIG_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+)
 
 
 def _patterns(name: str) -> list[str]:

@@ -92,6 +92,7 @@ class MambaLanguageModel(nn.Module):
 
     Attributes:
         quantisation: How the matrices are stored, after `mambakit.models.quantise`; None: as floats.
+        name_or_path: Hub id or folder that the weights come from, which peft notes in adapters; None: none.
 
     Example:
         >>> import torch
@@ -106,6 +107,7 @@ class MambaLanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.quantisation: Quantisation | None = None
+        self.name_or_path: str | None = None
         self.backbone = Backbone(config)
         self.lm_head: Linear | QuantisedLinear = Linear(
             config.d_model, config.padded_vocab_size, bias=False
@@ -289,9 +291,9 @@ class MambaLanguageModel(nn.Module):
     def flops_per_token(self, seqlen: int) -> int:
         """Floating point operations of forward and backward for one token of a sequence.
 
-        6 for each weight of a matrix and each tap of a convolution (2 forward, 4 backward; the
-        embedding is looked up, the head is a matrix), and 3 * 7 for each state of a scan (dt A,
-        exp, dt x B, two multiply-adds; complex: four times). Recomputation does not count.
+        6 for each weight of a matrix and each tap of a convolution (2 forward, 4 backward, 2 if it is
+        frozen; the embedding is looked up, the head is a matrix), and 3 * 7 for each state of a scan
+        (dt A, exp, dt x B, two multiply-adds; complex: four times). Recomputation does not count.
 
         Args:
             seqlen: Length of the sequence. Mamba's cost of a token does not depend on it.
@@ -303,7 +305,8 @@ class MambaLanguageModel(nn.Module):
             )
         weights = [m.weight for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv1d))]
         states = config.n_layer * config.d_inner * config.d_state * (4 if config.is_complex else 1)
-        return 6 * sum(weight.numel() for weight in weights) + 3 * 7 * states
+        products = sum((6 if w.requires_grad else 4) * w.numel() for w in weights)
+        return products + 3 * 7 * states
 
     def tie_weights(self) -> None:
         """Make the head share the weight of the embedding, if the config says so."""

@@ -75,8 +75,15 @@ class Recomputation:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `module` is what its class says: no adapter in its place, no hooks on it."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+    """Whether calling `module` is what its class says: no adapter in its place, no hook on it, no other `forward`."""
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+    )
 
 
 class _Kept(NamedTuple):

@@ -1,7 +1,8 @@
 """Checkpoints of a run: whole folders, each with all that a run needs to go on as if never stopped.
 
     RUN/checkpoints/step-00001000/
-        model.safetensors, config.json    the model, as `mambakit.models.load_model` opens it
+        model.safetensors, config.json    the model, as `mambakit.models.load_model` opens it; if only
+                                          adapters are trained, these (`mambakit.models.adapter`) instead
         tokenizer.json or the like        the tokenizer
         training_state.pt                 optimizer, random numbers, data position, step, config
 
@@ -22,6 +23,7 @@ import torch
 from mambakit.data.tokenizer import Tokenizer
 from mambakit.errors import CheckpointError, MambakitError
 from mambakit.files import atomic_folder
+from mambakit.models.adapter import Adapter, is_adapter
 from mambakit.models.checkpoint import save_model
 from mambakit.models.language_model import MambaLanguageModel
 from mambakit.train.run_folder import CHECKPOINTS
@@ -43,7 +45,7 @@ def find_model(path: Path) -> Path:
     Raises:
         CheckpointError: There is neither.
     """
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or is_adapter(path):
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:
@@ -61,6 +63,7 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     state: dict[str, Any],
     keep: int,
+    adapter: Adapter | None = None,
 ) -> Path:
     """Save a checkpoint, whole or not at all, then remove all but the last `keep`.
 
@@ -71,6 +74,7 @@ def save_checkpoint(
         tokenizer: Saved beside it, so that the folder alone can generate.
         state: What `load_training_state` shall give back; plain values and tensors only.
         keep: Checkpoints to keep, this one included.
+        adapter: If given, it is saved in place of the model.
 
     Raises:
         CheckpointError: It cannot be written, as when the disk is full. Earlier ones are untouched.
@@ -78,7 +82,10 @@ def save_checkpoint(
     folder = run / CHECKPOINTS / f"step-{step:08d}"
     try:
         with atomic_folder(folder) as partial:
-            save_model(model, partial)
+            if adapter is None:
+                save_model(model, partial)
+            else:
+                adapter.save(partial)
             tokenizer.save(partial)
             with open(partial / STATE_FILE, "wb") as file:
                 torch.save({"version": STATE_VERSION, "step": step, **state}, file)

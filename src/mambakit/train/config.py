@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,6 +24,7 @@ else:
 
 Precision = Literal["float32", "bfloat16"]
 NonFinite = Literal["stop", "skip"]
+LoraTarget = Literal["in_proj", "x_proj", "dt_proj", "out_proj"]
 
 _COUNT = 2**31 - 1
 _INTEGER_RANGES = {
@@ -37,6 +38,7 @@ _INTEGER_RANGES = {
     "valid_tokens": (0, 2**40),
     "save_every": (1, _COUNT),
     "keep": (1, 2**20),
+    "lora_rank": (1, 2**16),
 }
 _NUMBER_RANGES = {
     "lr": (1e-12, 10.0),
@@ -44,8 +46,10 @@ _NUMBER_RANGES = {
     "warmup": (0.0, 1.0),
     "weight_decay": (0.0, 10.0),
     "grad_clip": (1e-12, math.inf),
+    "lora_alpha": (1e-6, 1e6),
+    "lora_dropout": (0.0, 0.99),
 }
-_SWITCHES = ("documents", "activation_checkpointing", "cuda_graph")
+_SWITCHES = ("documents", "activation_checkpointing", "cuda_graph", "lora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,8 @@ class TrainConfig:
     """Run folder: checkpoints, config.toml, log.jsonl, TensorBoard events and loss.png go here."""
     model: MambaConfig = field(default_factory=MambaConfig)
     """Shape of the model."""
+    init_from: str | None = None
+    """Checkpoint, run folder (its last checkpoint is taken) or hub id to start from; default: random weights."""
 
     steps: int = 1000
     """Optimizer steps of the whole run."""
@@ -86,6 +92,17 @@ class TrainConfig:
     """Largest norm of the whole gradient; inf turns clipping off."""
     non_finite: NonFinite = "stop"
     """What to do with a step whose loss or gradient is NaN or infinite."""
+
+    lora: bool = False
+    """Train adapters of low rank (LoRA), and leave the weights of init_from as they are."""
+    lora_rank: int = 8
+    """Rank of the adapters."""
+    lora_alpha: float = 16.0
+    """Their factor is lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's inputs that are left out in training."""
+    lora_targets: tuple[LoraTarget, ...] = get_args(LoraTarget)
+    """The layers of each block that have an adapter."""
 
     device: str = "auto"
     """auto (the GPU if there is one), cpu, cuda or cuda:N."""
@@ -128,8 +145,30 @@ class TrainConfig:
             self._require(name, getattr(self, name) in choices, f"one of {choices}")
         self._require("device", isinstance(self.device, str), "auto, cpu, cuda or cuda:N")
         self._require("min_lr", self.min_lr <= self.lr, f"at most lr = {self.lr:g}")
+        is_name = self.init_from is None or isinstance(self.init_from, str)
+        self._require("init_from", is_name, "a folder or hub id")
         self._require("betas", _are_betas(self.betas), "two numbers from 0 to below 1")
         object.__setattr__(self, "betas", tuple(self.betas))
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        names = get_args(LoraTarget)
+        is_valid = _is_subset(self.lora_targets, names)
+        self._require("lora_targets", is_valid, f"a list of some out of {names}")
+        # Other orders mean the same adapters.
+        object.__setattr__(self, "lora_targets", tuple(n for n in names if n in self.lora_targets))
+        if self.lora and self.init_from is None:
+            raise ConfigError(
+                "training config: lora has no weights to adapt; name a checkpoint with init_from "
+                "(--init-from)"
+            )
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if option.name.startswith("lora_") and not self.lora and value != option.default:
+                raise ConfigError(
+                    f"training config: {option.name} is {value!r}, but lora is off; "
+                    "set lora = true (--lora)"
+                )
 
     def _require(self, name: str, is_valid: bool, wanted: str) -> None:
         if not is_valid:
@@ -148,6 +187,7 @@ class TrainConfig:
             "data": str(self.data),
             "out": str(self.out),
             "betas": list(self.betas),
+            "lora_targets": list(self.lora_targets),
             "model": self.model.to_dict(),
         }
 
@@ -226,3 +266,8 @@ def _is_number(value: Any) -> bool:
 def _are_betas(values: Any) -> bool:
     is_pair = isinstance(values, (tuple, list)) and len(values) == 2
     return is_pair and all(_is_number(value) and 0 <= value < 1 for value in values)
+
+
+def _is_subset(values: Any, names: Sequence[str]) -> bool:
+    is_list = isinstance(values, (tuple, list)) and len(values) > 0
+    return is_list and all(value in names for value in values)

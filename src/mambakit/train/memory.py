@@ -7,10 +7,12 @@ import os
 import torch
 
 from mambakit.errors import ConfigError
-from mambakit.models.config import MambaConfig
+from mambakit.train.config import TrainConfig
 
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and AdamW's two running means, float32."""
+BYTES_PER_FROZEN_PARAMETER = 4
+"""The weight alone."""
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -22,9 +24,11 @@ def device_memory(device: torch.device) -> int | None:
     return None
 
 
-def check_fits(model: MambaConfig, device: torch.device) -> None:
+def check_fits(config: TrainConfig, device: torch.device) -> None:
     """Raise ConfigError if weights and optimizer alone need more than all memory of the device."""
-    memory, needed = device_memory(device), model.num_parameters() * BYTES_PER_PARAMETER
+    model = config.model
+    each = BYTES_PER_FROZEN_PARAMETER if config.lora else BYTES_PER_PARAMETER
+    memory, needed = device_memory(device), model.num_parameters() * each
     if memory is not None and needed > memory:
         raise ConfigError(
             f"model config: n_layer={model.n_layer} and d_model={model.d_model} take "

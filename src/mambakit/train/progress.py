@@ -43,9 +43,12 @@ class Progress(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """Say what begins, and show the bar."""
-        config, size = trainer.config, trainer.model.num_parameters()
+        config, size = trainer.config, f"{trainer.model.num_parameters() / 1e6:.2f} M"
+        if trainer.adapter is not None:
+            trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+            size = f"{trained / 1e6:.2f} M of {size}"
         self._say(
-            f"training {size / 1e6:.2f} M parameters on {trainer.world.device} in "
+            f"training {size} parameters on {trainer.world.device} in "
             f"{config.precision}; run folder: {config.out}"
         )
         if trainer.step:

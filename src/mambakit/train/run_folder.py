@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mambakit.errors import ConfigError
+from mambakit.train.config import TrainConfig
 
 CONFIG = "config.toml"
 LOG = "log.jsonl"
@@ -25,8 +26,14 @@ PICTURE = "loss.png"
 CHECKPOINTS = "checkpoints"
 
 # A run goes on with any other option changed, but not with these, and not with another model.
-_FIXED = ("data_content", "processes", "seqlen", "batch_size", "accumulation", "documents", "seed")
-_PLACES = ("data", "out", "device")
+_FIXED = (
+    "data_content", "base_content", "processes", "seqlen", "batch_size", "accumulation", "documents",
+    "seed", "lora", "lora_rank", "lora_alpha", "lora_targets",
+)  # fmt: skip
+_PLACES = ("data", "out", "device", "init_from")
+_CONTENTS = {"data_content": "text or tokenizer", "base_content": "checkpoint to adapt"}
+_DEFAULTS = TrainConfig(data=Path(), out=Path()).to_dict()
+"""What a run had for the options that there were not yet when it began."""
 
 
 def remove_run(run: Path) -> None:
@@ -42,7 +49,8 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], run: Path) -> list[s
     """Compare the identity of a run with that of the trainer that shall go on with it.
 
     Args:
-        old: Config of the run so far as plain values, with `data_content` and `processes`.
+        old: Config of the run so far as plain values, with `processes`, `data_content` and, if it
+            trains adapters, `base_content`.
         new: The same of the trainer.
         run: Run folder, for the message.
 
@@ -52,9 +60,10 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], run: Path) -> list[s
     Raises:
         ConfigError: Something differs that decides the course of the run from its start.
     """
-    before, after = _flatten(old), _flatten(new)
+    before = _flatten({**_DEFAULTS, **old, "model": {**_DEFAULTS["model"], **old["model"]}})
+    after = _flatten(new)
     differences = {
-        key: "text or tokenizer" if key == "data_content" else f"{key} {before.get(key)} -> {value}"
+        key: _CONTENTS.get(key) or f"{key} {before.get(key)} -> {value}"
         for key, value in after.items()
         if key not in _PLACES and before.get(key) != value
     }

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mambakit.data.dataset import TokenDataset
 from mambakit.data.loader import Loader, windows
-from mambakit.errors import ConfigError, TrainingError
+from mambakit.errors import TrainingError
 from mambakit.evaluate.perplexity import count_bytes, score
 from mambakit.models.checkpoint import load_model
 from mambakit.models.language_model import MambaLanguageModel
@@ -32,6 +32,7 @@ from mambakit.train.memory import check_fits
 from mambakit.train.metrics import RunLog, Throughput
 from mambakit.train.optimizer import make_optimizer
 from mambakit.train.schedule import learning_rate
+from mambakit.train.start import check_config, make_adapter, open_start
 from mambakit.train.step_graph import StepGraph
 
 MAX_SKIPPED = 50
@@ -58,7 +59,8 @@ class Trainer:
 
     Args:
         config: The run.
-        model: Model to train. Default: a new one, from `config.model` and `config.seed`.
+        model: Model to train. Default: that of `config.init_from`, or a new one, from `config.model`
+            and `config.seed`.
         callbacks: Called in the first process only; see `Callback`.
         overwrite: Start afresh and remove what an earlier run left in the run folder.
 
@@ -66,11 +68,14 @@ class Trainer:
         step: Optimizer steps done.
         changes: What differs from the config of the run that this one goes on with.
         model: The model in training, float32, on its device.
+        adapter: What is trained of it, if not all.
         tokenizer: The tokenizer of the data.
         log: Of the running `fit`.
 
     Raises:
-        ConfigError: The config does not fit the data, the machine, or the run that it should go on with.
+        ConfigError: The config does not fit the data, the machine, the checkpoint that it starts
+            from, or the run that it should go on with.
+        CheckpointError: The checkpoint that it starts from cannot be opened.
         DataError: The data cannot be used.
         MambakitError: The run folder cannot be written.
 
@@ -99,7 +104,7 @@ class Trainer:
         has_valid = "valid" in self.dataset.manifest.splits
         self._valid = TokenDataset(config.data, "valid") if has_valid else None
         self._bytes_per_token = count_bytes(self.tokenizer)
-        self._check_model(model)
+        check_config(config, self.tokenizer, model)
         self.world = World.join(config.device)
         self.callbacks = callbacks if self.world.is_main else ()
         self.loader = Loader(
@@ -113,11 +118,16 @@ class Trainer:
         )
         if config.precision == "bfloat16":
             check_bfloat16(self.world.device)
-        check_fits(config.model, self.world.device)
+        check_fits(config, self.world.device)
         torch.manual_seed(config.seed)
+        goes_on = not overwrite and checkpointing.list_checkpoints(config.out)
+        # A run that goes on has its weights in its checkpoint, but for those beneath adapters.
+        if config.init_from is not None and (config.lora or not goes_on):
+            model = open_start(config, self.tokenizer, self.world.device)
         model = model or MambaLanguageModel(config.model)
         self.model = model.to(self.world.device, torch.float32)
         self.model.activation_checkpointing = config.activation_checkpointing
+        self.adapter = make_adapter(self.model, config)
         self.optimizer = make_optimizer(self.model, config)
         self._learning_rate = partial(
             learning_rate,
@@ -301,7 +311,13 @@ class Trainer:
             "random": checkpointing.random_state(),
         }
         folder = checkpointing.save_checkpoint(
-            self.config.out, self.step, self.model, self.tokenizer, state, self.config.keep
+            self.config.out,
+            self.step,
+            self.model,
+            self.tokenizer,
+            state,
+            self.config.keep,
+            self.adapter,
         )
         self.log.draw()
         for callback in self.callbacks:
@@ -311,7 +327,10 @@ class Trainer:
         """Take everything up as a checkpoint has it."""
         state = checkpointing.load_training_state(checkpoint)
         self.changes = run_folder.compare(state["identity"], self._identity(), self.config.out)
-        self.model.load_state_dict(load_model(checkpoint).state_dict())
+        if self.adapter is None:
+            self.model.load_state_dict(load_model(checkpoint).state_dict())
+        else:
+            self.adapter.load(checkpoint)
         # Learning rate, betas and weight decay are those of the config, which may have changed.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
@@ -324,23 +343,9 @@ class Trainer:
         return {
             **self.config.to_dict(),
             "data_content": self.dataset.content,
+            "base_content": self.adapter.fingerprint if self.adapter else None,
             "processes": self.world.size,
         }
-
-    def _check_model(self, model: MambaLanguageModel | None) -> None:
-        shape, vocab_size = self.config.model, self.tokenizer.vocab_size
-        if shape.vocab_size < vocab_size:
-            raise ConfigError(
-                f"model config: vocab_size is {shape.vocab_size}, but the tokenizer of "
-                f"{self.config.data} has {vocab_size} ids; set vocab_size = {vocab_size}"
-            )
-        if model is not None and model.config != shape:
-            raise ConfigError("training config: model is not the config of the model that is given")
-        if model is not None and model.quantisation is not None:
-            raise ConfigError(
-                f"training: the model is quantised to {model.quantisation.bits} bits, which have no "
-                "gradient; train the float model it came from"
-            )
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.precision == "bfloat16"

@@ -9,7 +9,8 @@ from mambakit.cli.parsing import parse
 from mambakit.cli.train import Train, defaults
 from mambakit.data import prepare
 from mambakit.errors import ConfigError, MambakitError
-from mambakit.train.config import TrainConfig
+from mambakit.models import MambaConfig, MambaLanguageModel, save_model
+from mambakit.train.config import TrainConfig, write_toml
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,61 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(
     assert (config.steps, config.lr, config.batch_size) == (9, 0.02, 8)
     assert (config.model.d_model, config.model.vocab_size) == (40, 257)
     assert read("--config", file, "--preset", "130m").model.d_model == 768
+
+
+def test_a_checkpoint_gives_the_shape(corpus: Path, tmp_path: Path) -> None:
+    shape = MambaConfig(d_model=16, n_layer=3, vocab_size=300)
+    save_model(MambaLanguageModel(shape), tmp_path / "base")
+    args = ("--data", corpus, "--out", "run", "--init-from", tmp_path / "base")
+    config = read(*args)
+    assert (config.model, config.init_from) == (shape, str(tmp_path / "base"))
+    assert not config.lora
+    file = tmp_path / "run.toml"
+    write_toml(config, file)
+    assert read("--config", file) == config
+    file.write_text(f"init_from = {str(tmp_path / 'base')!r}\nlora_rank = 2", encoding="utf-8")
+    config = read("--data", corpus, "--out", "run", "--config", file, "--lora")
+    assert (config.model, config.lora, config.lora_rank) == (shape, True, 2)
+
+
+def test_options_of_adapters(corpus: Path, tmp_path: Path) -> None:
+    save_model(MambaLanguageModel(MambaConfig(d_model=16, n_layer=1, vocab_size=257)), tmp_path)
+    args = ["--data", corpus, "--out", "run", "--init-from", tmp_path, "--lora"]
+    config = read(*args)
+    assert config.lora_targets == ("in_proj", "x_proj", "dt_proj", "out_proj")
+    options = "--lora-rank 3 --lora-alpha 5 --lora-dropout 0.1 --lora-targets dt_proj x_proj"
+    config = read(*args, *options.split())
+    assert (config.lora_rank, config.lora_alpha, config.lora_dropout) == (3, 5.0, 0.1)
+    assert config.lora_targets == ("x_proj", "dt_proj")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["--lora"],
+            "lora has no weights to adapt; name a checkpoint with init_from (--init-from)",
+        ),
+        (["--lora-rank", "4"], "lora_rank is 4, but lora is off; set lora = true (--lora)"),
+        (
+            ["--lora", "--init-from", "{}", "--lora-rank", "0"],
+            "lora_rank is 0, not an integer from",
+        ),
+        (["--lora", "--init-from", "{}", "--lora-targets", "q_proj"], "q_proj"),
+        (
+            ["--lora", "--init-from", "{}", "--lora-targets"],
+            "lora_targets is (), not a list of some",
+        ),
+        (["--init-from", "nowhere"], "nowhere is not a checkpoint: it has no config.json; name"),
+    ],
+)
+def test_adapters_with_a_mistake(
+    corpus: Path, tmp_path: Path, args: list[str], message: str
+) -> None:
+    save_model(MambaLanguageModel(MambaConfig(d_model=16, n_layer=1, vocab_size=257)), tmp_path)
+    with pytest.raises(MambakitError) as caught:
+        read("--data", corpus, "--out", "run", *(arg.format(tmp_path) for arg in args))
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

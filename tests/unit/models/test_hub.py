@@ -32,7 +32,10 @@ def fill(cache: Path, format: str) -> Path:
 @pytest.mark.parametrize("format", ["huggingface", "official"])
 def test_the_network_is_down_but_the_cache_has_it(tmp_path, format, offline):
     fill(tmp_path / "hub", format)
-    code = "from mambakit.models import load_model; print(load_model('some/mamba').config.d_model)"
+    code = (
+        "from mambakit.models import load_model\n"
+        "m = load_model('some/mamba'); print(m.config.d_model, m.name_or_path)"
+    )
     environment = {
         "HF_HOME": str(tmp_path),
         "HF_ENDPOINT": "http://127.0.0.1:9",  # Nobody listens there.
@@ -43,7 +46,7 @@ def test_the_network_is_down_but_the_cache_has_it(tmp_path, format, offline):
     result = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path
     )
-    assert result.stdout == "16\n", result.stderr
+    assert result.stdout == "16 some/mamba\n", result.stderr
 
 
 def test_the_network_is_down_and_the_cache_is_empty(tmp_path):
@@ -116,6 +119,10 @@ WANTED = {"config.json", "tokenizer.json", "tokenizer_config.json"}
         (
             {"pytorch_model.bin.index.json", "pytorch_model-1-of-2.bin"},
             {"pytorch_model.bin.index.json", "pytorch_model-1-of-2.bin"},
+        ),
+        (
+            {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"},
+            {"adapter_config.json", "adapter_model.safetensors"},
         ),
     ],
 )

@@ -232,6 +232,8 @@ def test_flops_per_token():
     expected = 6 * (3 * layer + 56 * 16) + 3 * 7 * 3 * 32 * 4
     assert make_model().flops_per_token(1024) == expected
     assert make_model(tie_embeddings=False).flops_per_token(1) == expected
+    frozen = make_model().requires_grad_(False)
+    assert frozen.flops_per_token(1) == 4 * (3 * layer + 56 * 16) + 3 * 7 * 3 * 32 * 4
 
 
 @pytest.mark.parametrize(

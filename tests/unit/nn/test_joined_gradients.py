@@ -115,3 +115,16 @@ def test_a_mixer(
     monkeypatch.setattr(mixer_module, "RECOMPUTES_ON", ("cpu",) if recomputes else ())
     for ours, theirs in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["in_proj", "x_proj"])
+def test_a_layer_with_hooks_of_its_gradient_is_called(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(mixer_module, "JOINS_ON", ("cpu",))
+    mixer, seen = MambaMixer(8, d_state=4), list[str]()
+    layer = getattr(mixer, name)
+    layer.register_full_backward_hook(lambda *_: seen.append("after"))
+    layer.register_full_backward_pre_hook(lambda *_: seen.append("before"))
+    mixer(leaf(2, 9, 8))[0].sum().backward()
+    assert seen == ["before", "after"]

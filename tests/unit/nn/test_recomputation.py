@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -228,12 +229,14 @@ class Noise(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", ["conv1d", "dt_proj", "x_proj"])
-@pytest.mark.parametrize("kind", ["module", "hook", "in place"])
+@pytest.mark.parametrize("kind", ["module", "hook", "in place", "forward"])
 def test_adapters_and_hooks_are_not_run_again(name: str, kind: str) -> None:
     mixer, hidden = make_mixer(), torch.randn(2, 9, 8)
     module = getattr(mixer, name)
     if kind == "module":
         setattr(mixer, name, Noise(module))
+    elif kind == "forward":
+        module.forward = Noise(copy.copy(module)).forward
     else:
 
         def change(_module: Any, _inputs: Any, out: Any) -> Any:

@@ -65,7 +65,10 @@ def test_rms_norm() -> None:
 
 def test_linear_cross_entropy() -> None:
     targets = torch.tensor([0, -100, 3])
-    opcheck(cross_entropy._forward.overload, (normal(3, 4), normal(6, 4), targets, -100, True))
+    hidden, weight = normal(3, 4), normal(6, 4)
+    opcheck(cross_entropy._forward.overload, (hidden, weight, targets, -100, True, True))
+    frozen = weight.detach()
+    opcheck(cross_entropy._forward.overload, (hidden, frozen, targets, -100, True, False))
 
 
 def test_compiles_whole() -> None:

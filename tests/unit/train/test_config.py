@@ -26,10 +26,18 @@ def test_toml_round_trip_of_every_field(tmp_path: Path) -> None:
         documents=True,
         non_finite="skip",
         precision="bfloat16",
+        init_from="runs/first",
+        lora=True,
+        lora_rank=4,
+        lora_alpha=2.5,
+        lora_dropout=0.25,
+        lora_targets=("in_proj", "dt_proj"),
     )
     write_toml(config, tmp_path / "config.toml")
     assert TrainConfig.from_dict(read_toml(tmp_path / "config.toml")) == config
     assert "mixer_norm_epsilon" not in (tmp_path / "config.toml").read_text(encoding="utf-8")
+    write_toml(TrainConfig(data=Path("a"), out=Path("b")), tmp_path / "config.toml")
+    assert "init_from" not in (tmp_path / "config.toml").read_text(encoding="utf-8")
 
 
 def test_toml_round_trip_of_a_field_that_may_be_left_out(tmp_path: Path) -> None:
@@ -66,6 +74,13 @@ def test_strings_are_paths_and_lists_are_pairs() -> None:
         ("precision", "float16", "one of ('float32', 'bfloat16')"),
         ("non_finite", "ignore", "one of ('stop', 'skip')"),
         ("documents", 1, "true or false"),
+        ("init_from", 3, "a folder or hub id"),
+        ("lora", 1, "true or false"),
+        ("lora_rank", 0, "an integer from 1 to 65536"),
+        ("lora_alpha", 0, "a number from 1e-06 to 1e+06"),
+        ("lora_dropout", 1.0, "a number from 0 to 0.99"),
+        ("lora_targets", (), "a list of some out of ('in_proj', 'x_proj', 'dt_proj', 'out_proj')"),
+        ("lora_targets", ("conv1d",), "a list of some out of"),
         ("data", None, "the path of a folder"),
         ("model", {"d_model": 16}, "a MambaConfig"),
     ],
@@ -79,8 +94,35 @@ def test_a_bad_value_names_field_value_and_rule(field: str, value: Any, rule: st
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"lora": True}, "lora has no weights to adapt; name a checkpoint with init_from"),
+        ({"lora_rank": 4}, "lora_rank is 4, but lora is off; set lora = true (--lora)"),
+        (
+            {"lora_targets": ["x_proj"], "init_from": "a"},
+            "lora_targets is ('x_proj',), but lora is",
+        ),
+    ],
+)
+def test_options_of_adapters_that_have_no_effect(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**PATHS, **values)
+    assert message in str(caught.value)
+
+
+def test_the_order_of_layers_does_not_matter() -> None:
+    values = {**PATHS, "lora": True, "init_from": "a"}
+    config = TrainConfig(**values, lora_targets=["dt_proj", "in_proj"])  # type: ignore[arg-type]
+    assert config.lora_targets == ("in_proj", "dt_proj")
+    assert config == TrainConfig(**values, lora_targets=("in_proj", "dt_proj"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
         ({**PATHS, "stpes": 3}, "unknown field 'stpes'; did you mean 'steps'?"),
-        ({**PATHS, "qqq": 3}, "unknown field 'qqq'; the fields are data, out, model, steps"),
+        (
+            {**PATHS, "qqq": 3},
+            "unknown field 'qqq'; the fields are data, out, model, init_from, steps",
+        ),
         ({**PATHS, "model": {"d_modle": 3}}, "unknown field 'd_modle'; did you mean 'd_model'?"),
         ({**PATHS, "model": 3}, "model is 3, not a table of model fields"),
         ({"data": "tokens"}, "out is missing; give the path of a folder"),

@@ -149,6 +149,19 @@ def store_lanes(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def store_floats(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """Write what `load_floats` reads."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        array, index, value = args
+        pointer = _at(context, builder, sig.args[0], array, index, _VECTOR)
+        builder.store(value, pointer, align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, index, lanes_type), build
+
+
+@intrinsic
 def spread(typingctx: Any, scalar: Any) -> Any:
     """Lanes that all hold the float32 scalar."""
 

@@ -12,12 +12,18 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
+from mambakit.ops.cpu.kernels.lanes import (
+    LANES,
+    load_floats,
+    spread,
+    store_floats,
+    sum_lanes,
+)
 from mambakit.ops.cpu.kernels.memory import array_at, count, counted, floats
 from mambakit.ops.cpu.kernels.operand import Operand, matrix_at, multiply, prepare
 from mambakit.ops.cpu.kernels.rms_norm import normalise
 from mambakit.ops.cpu.kernels.simd import (
     LOG2_E,
-    any_order,
     dot,
     exp2,
     kernel,
@@ -78,22 +84,19 @@ def add_norm(b, weight, eps, rows, head):
 
 @register_jitable
 def convolve(b, first, last, inputs, taps, bias, state, x):
-    """x = silu(convolution) of some channels; their state, (B, D, W-1), moves on. Loops over channels, for speed."""
+    """x = silu(convolution) of some channels; their state, (B, D, W-1), moves on."""
     newest = taps.shape[1] - 1
     for c in range(first, last):
-        x[c] = load(taps[c], newest) * inputs[c]
-    for tap in range(newest):
-        for c in range(first, last):
-            x[c] += load(taps[c], tap) * load(state[b, c], tap)
-    for tap in range(newest - 1):
-        for c in range(first, last):
+        total = load(bias, c) + load(taps[c], newest) * inputs[c]
+        for tap in range(newest):
+            total += load(taps[c], tap) * load(state[b, c], tap)
+        for tap in range(newest - 1):
             state[b, c, tap] = state[b, c, tap + 1]
-    if newest > 0:
-        for c in range(first, last):
+        if newest > 0:
             store(state[b, c], newest - 1, inputs[c])
+        x[c] = total
     for c in range(first, last):
-        total = x[c] + load(bias, c)
-        x[c] = total * sigmoid(total)
+        x[c] *= sigmoid(x[c])
 
 
 @register_jitable
@@ -113,16 +116,26 @@ def in_proj(first, last, sizes, layer, rows, norm_f, head):
         prepare(rows.x, b, first, last, d_inner, head)
 
 
-@any_order
-def advance(state, decays, inputs, B, C, sums):
-    """States of some channels, (channels, N), one step on; sums: of C h, (channels,)."""
-    for c in range(inputs.size):
-        h, decay, total = state[c], decays[c], ZERO
-        for n in range(h.size):
-            h_n = decay[n] * h[n] + inputs[c] * B[n]
-            h[n] = h_n
-            total += C[n] * h_n
-        sums[c] = total
+@register_jitable
+def advance(states, A_log, dt, inputs, B, C, sums):
+    """States of some channels, (channels, N), one step on; sums: of C h, (channels,).
+
+    With explicit vectors: loops over sixteen states are too short for those that LLVM makes of them.
+    """
+    d_state = states.shape[1]
+    whole = d_state - d_state % LANES
+    for c in range(dt.size):
+        rate, total = -LOG2_E * dt[c], spread(ZERO)
+        for n in range(0, whole, LANES):
+            decay = exp2(rate * exp2(LOG2_E * load_floats(A_log, (c, n))))
+            h = decay * load_floats(states, (c, n)) + inputs[c] * load_floats(B, (n,))
+            store_floats(states, (c, n), h)
+            total += h * load_floats(C, (n,))
+        sums[c] = sum_lanes(total)
+        for n in range(whole, d_state):
+            decay = exp2(rate * exp2(LOG2_E * A_log[c, n]))
+            states[c, n] = decay * states[c, n] + inputs[c] * B[n]
+            sums[c] += C[n] * states[c, n]
 
 
 @register_jitable
@@ -146,7 +159,7 @@ def normalised(values, sizes, eps):
 
 @register_jitable
 def scan(first, last, sizes, layer, mixer_eps, rows, head, steering):
-    """Dt and the scan of some channels; loops over rows, so that they become vectors."""
+    """Dt and the scan of some channels."""
     batch, d_inner, d_state, dt_rank = rows.xz.shape[0], sizes.d_inner, sizes.d_state, sizes.dt_rank
     width = last - first
     codes, steps = np.zeros_like(rows.steering.codes), np.zeros_like(rows.steering.steps)
@@ -160,11 +173,8 @@ def scan(first, last, sizes, layer, mixer_eps, rows, head, steering):
         floats(layer.D, (d_inner,))[first:last],
     )
     states = floats(layer.ssm_state, (batch, d_inner, d_state))
-    A_log = floats(layer.A_log, (d_inner, d_state))[first:last].reshape(width * d_state)
-    rates, decays = np.empty(A_log.size, np.float32), np.empty(A_log.size, np.float32)
+    A_log = floats(layer.A_log, (d_inner, d_state))[first:last]
     inputs = np.empty(width, np.float32)
-    for i in range(A_log.size):
-        rates[i] = -LOG2_E * exp2(LOG2_E * A_log[i])
     for b in range(batch):
         x, y = rows.x.values[b, first:last], rows.y.values[b, first:last]
         dt, steer = rows.dt[b, first:last], low.values[b]
@@ -173,13 +183,8 @@ def scan(first, last, sizes, layer, mixer_eps, rows, head, steering):
         C = steer[dt_rank + d_state : dt_rank + 2 * d_state]
         for c in range(width):
             dt[c] = softplus(dt[c] + dt_bias[c])
-        for c in range(width):
             inputs[c] = dt[c] * x[c]
-            for n in range(d_state):
-                decays[c * d_state + n] = dt[c] * rates[c * d_state + n]
-        for i in range(decays.size):
-            decays[i] = exp2(decays[i])
-        advance(states[b, first:last], decays.reshape((width, d_state)), inputs, B, C, y)
+        advance(states[b, first:last], A_log, dt, inputs, B, C, y)
         for c in range(width):
             y[c] = (y[c] + D[c] * x[c]) * (z[c] * sigmoid(z[c]))
         prepare(rows.y, b, first, last, d_inner, head)

@@ -1,0 +1,5 @@
+"""`import selective_scan_cuda` means mambakit's module of this name; see `mambakit.compat`."""
+
+from mambakit.compat.installation import replace
+
+replace(__name__)

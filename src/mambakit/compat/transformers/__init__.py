@@ -1,0 +1,1 @@
+"""The Mamba layers of transformers on our operations."""

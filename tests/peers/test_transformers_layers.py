@@ -1,0 +1,246 @@
+"""Mamba, FalconMamba and Jamba of transformers after `mambakit.compat.install()`: their results, by our operations."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mambakit.compat
+from mambakit.compat.transformers import mixer
+from mambakit.compat.transformers.patching import MIXERS
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # The peer's own, of which it has many.
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+VOCAB = 96
+COMMON = {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": VOCAB}
+JAMBA = {
+    **COMMON, "num_hidden_layers": 4, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 8,
+    "mamba_dt_rank": 3, "expert_layer_period": 2, "expert_layer_offset": 1, "pad_token_id": 0,
+}  # fmt: skip
+MODELS = {
+    "mamba": ("Mamba", {**COMMON, "state_size": 8}),
+    "mamba, biases, odd": (
+        "Mamba", {**COMMON, "state_size": 5, "use_bias": True, "conv_kernel": 3, "time_step_rank": 3},
+    ),
+    "mamba, no conv bias": ("Mamba", {**COMMON, "use_conv_bias": False}),
+    "falcon": ("FalconMamba", {**COMMON, "state_size": 8}),
+    "jamba": ("Jamba", JAMBA),
+    "jamba, biases": ("Jamba", {**JAMBA, "mamba_proj_bias": True, "mamba_conv_bias": False}),
+}  # fmt: skip
+EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
+
+
+@pytest.fixture(autouse=True)
+def _uninstalled():
+    # Imported without our names, so that their own functions are what they are compared by.
+    for module in MIXERS:
+        __import__(module)
+    yield
+    mambakit.compat.uninstall()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of our operations in the order in which the layers call them."""
+    found = []
+    for name in ("causal_conv1d", "selective_scan", "selective_scan_step"):
+        function = getattr(mixer, name)
+
+        def counted(*args, _name=name, _function=function, **kwargs):
+            assert _name != "causal_conv1d" or args[3] == "silu"
+            found.append(_name)
+            return _function(*args, **kwargs)
+
+        monkeypatch.setattr(mixer, name, counted)
+    return found
+
+
+def make_model(name):
+    kind, fields = MODELS[name]
+    config = getattr(transformers, f"{kind}Config")(**fields)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def make_batch():
+    """Two rows, the second with five positions of padding in front."""
+    tokens = torch.randint(1, VOCAB, (2, 17))
+    mask = torch.ones_like(tokens)
+    tokens[1, :5], mask[1, :5] = 0, 0
+    return tokens, mask
+
+
+def layers_of_mamba(model):
+    return sum(type(module).__name__ in MIXERS.values() for module in model.modules())
+
+
+@EVERY_MODEL
+def test_same_logits(name, calls):
+    model = make_model(name)
+    tokens = torch.randint(0, VOCAB, (2, 33))
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        assert not calls
+        mambakit.compat.install()
+        found = model(tokens, use_cache=False).logits
+    assert calls == ["causal_conv1d", "selective_scan"] * layers_of_mamba(model)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@EVERY_MODEL
+def test_same_gradients(name, is_padded, calls):
+    model = make_model(name).train()
+    tokens, mask = make_batch()
+    labels = tokens.masked_fill(mask == 0, -100)
+    results = []
+    for installs in (False, True):
+        if installs:
+            mambakit.compat.install()
+        model.zero_grad()
+        loss = model(tokens, attention_mask=mask if is_padded else None, labels=labels).loss
+        loss.backward()
+        gradients = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), gradients))
+    assert calls.count("selective_scan") == layers_of_mamba(model)
+    (loss, gradients), (our_loss, our_gradients) = results
+    torch.testing.assert_close(our_loss, loss, **TOLERANCE)
+    assert our_gradients.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(our_gradients[key], gradient, **TOLERANCE, msg=key)
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("name", ["falcon", "jamba"])
+def test_gradients_are_the_same_bits_if_tensors_are_made_again(name, is_padded, monkeypatch):
+    model = make_model(name).train()
+    tokens, mask = make_batch()
+    mambakit.compat.install()
+    results = []
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr(mixer, "RECOMPUTES_ON", devices)
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(tokens, attention_mask=mask if is_padded else None, labels=tokens).loss.backward()
+        results.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *results))
+
+
+@EVERY_MODEL
+def test_same_greedy_tokens_with_padding(name, calls):
+    model = make_model(name)
+    tokens, mask = make_batch()
+    arguments = {
+        "attention_mask": mask,
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
+    expected = model.generate(tokens, pad_token_id=0, **arguments)
+    mambakit.compat.install()
+    found = model.generate(tokens, pad_token_id=0, **arguments)
+    assert found.tolist() == expected.tolist()
+    count = layers_of_mamba(model)
+    assert calls.count("selective_scan") == count
+    assert calls.count("selective_scan_step") == 19 * count
+    alone = model.generate(tokens[1:, 5:], max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert found[1, 5:].tolist() == alone[0].tolist()
+
+
+@EVERY_MODEL
+def test_several_tokens_go_on_from_a_cache(name):
+    """Theirs forgets the state of the scan there."""
+    model = make_model(name)
+    tokens = torch.randint(0, VOCAB, (2, 24))
+    mambakit.compat.install()
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        cache, logits = None, []
+        key = "past_key_values" if name.startswith("jamba") else "cache_params"
+        for part in tokens.split([7, 1, 9, 2, 1, 4], dim=1):
+            output = model(part, use_cache=True, **{key: cache})
+            cache = output[key]
+            logits.append(output.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, **TOLERANCE)
+
+
+def test_packed_documents_do_not_see_one_another():
+    model = make_model("jamba")
+    layer = next(m for m in model.modules() if type(m).__name__ == "JambaMambaMixer")
+    mambakit.compat.install()
+    first, second = torch.randn(1, 7, 32), torch.randn(1, 6, 32)
+    seq_idx = torch.tensor([[0] * 7 + [1] * 6])
+    packed = layer(torch.cat([first, second], dim=1), seq_idx=seq_idx)
+    apart = torch.cat([layer(first), layer(second)], dim=1)
+    torch.testing.assert_close(packed, apart, **TOLERANCE)
+
+
+def test_another_activation():
+    model = make_model("mamba")
+    for block in model.backbone.layers:
+        block.mixer.activation, block.mixer.act = "gelu", torch.nn.GELU()
+    tokens = torch.randint(0, VOCAB, (2, 9))
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        mambakit.compat.install()
+        torch.testing.assert_close(model(tokens, use_cache=False).logits, expected, **TOLERANCE)
+
+
+def test_adapters_of_the_projection_to_dt_count():
+    peft = pytest.importorskip("peft")
+    model = make_model("mamba")
+    mambakit.compat.install()
+    tokens = torch.randint(0, VOCAB, (1, 9))
+    targets = ["in_proj", "x_proj", "dt_proj"]
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).train()
+    loss = adapted(tokens, labels=tokens).loss
+    loss.backward()
+    for key, parameter in adapted.named_parameters():
+        if "lora_" in key:
+            assert parameter.grad.abs().sum() > 0, key
+    with torch.no_grad():
+        expected = adapted(tokens, use_cache=False).logits
+        merged = adapted.merge_and_unload()(tokens, use_cache=False).logits
+    torch.testing.assert_close(merged, expected, **TOLERANCE)
+
+
+def test_uninstall_gives_their_forward_back(calls):
+    model = make_model("mamba")
+    mambakit.compat.install()
+    mambakit.compat.uninstall()
+    model(torch.tensor([[1, 2]]), use_cache=False)
+    assert not calls
+
+
+def test_install_before_the_import():
+    script = """
+import mambakit.compat
+mambakit.compat.install()
+import torch, transformers
+from transformers import MambaConfig, MambaForCausalLM
+import transformers.models.mamba.modeling_mamba as modelling
+from transformers.models.mamba2 import modeling_mamba2
+assert modelling.MambaMixer.forward.__module__ == "mambakit.compat.transformers.mixer"
+import mamba_ssm, causal_conv1d
+# What other models of transformers take by name.
+names = [cell.cell_contents for f in (modelling.mamba_selective_scan, modelling.causal_conv1d_fn)
+         for cell in f.__closure__ if callable(cell.cell_contents)]
+assert mamba_ssm.selective_scan_fn in names and causal_conv1d.causal_conv1d_fn in names, names
+model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=9))
+model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+print("done")
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "done"
