@@ -40,3 +40,9 @@ def tiny() -> Experiment:
         name="tiny", title="A tiny experiment", source="none", task=InductionHeads(4),
         contestants=contestants, quick_task=InductionHeads(3), quick=contestants,
     )  # fmt: skip
+
+
+@pytest.fixture
+def quick_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the list of all packages that it adds to its results, for seconds each time."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)

@@ -20,7 +20,10 @@ from mambakit.evaluate.tasks import evaluate_tasks
 from mambakit.lm_eval import CheckpointModel
 from mambakit.models import MambaConfig, MambaLanguageModel
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval's own.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # lm_eval's own.
+    pytest.mark.usefixtures("quick_lm_eval"),
+]
 
 
 @pytest.fixture(scope="module")

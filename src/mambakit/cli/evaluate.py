@@ -59,6 +59,8 @@ class Evaluate(Windows):
     """auto (the GPU if there is one), cpu, cuda or cuda:N."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
+    batch_size: int = 8
+    """Windows of a text read at a time; of tasks, on a GPU, rows and prompts."""
     tasks: str = ""
     """Instead of a text: tasks, groups or YAML files, with commas between; wildcards are allowed."""
     task: Annotated[TaskOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=TaskOptions)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mambakit.errors import ArgumentError
+
 if TYPE_CHECKING:
     from mambakit.data import TokenDataset, Tokenizer
     from mambakit.evaluate import Score
@@ -30,6 +32,13 @@ class Windows:
     """Start the state afresh at every document boundary inside a window."""
     errors: Literal["strict", "replace"] = "strict"
     """What to do with text that is not UTF-8: stop, or put U+FFFD in its place."""
+    text_key: str = "text"
+    """Key or column of the text in .jsonl and .parquet."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("seqlen", self.seqlen), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise ArgumentError(f"{name}: got {value}, wanted at least 1")
 
 
 @contextlib.contextmanager
@@ -46,7 +55,14 @@ def open_text(
     # Windows cannot remove a file that is still mapped into memory; the system does it later.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         tokens = Path(folder, "tokens")
-        prepare(sources, tokens, tokenizer, valid_fraction=0, errors=options.errors)
+        prepare(
+            sources,
+            tokens,
+            tokenizer,
+            valid_fraction=0,
+            errors=options.errors,
+            text_key=options.text_key,
+        )
         yield TokenDataset(tokens, "train", tokenizer)
 
 

@@ -45,8 +45,17 @@ def test_the_result_of_a_text_as_json(checkpoint, text, tmp_path, capsys):
     assert evaluate(checkpoint, text) == 0
 
 
+def test_the_key_of_the_text_in_json_lines(checkpoint, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"body": "one and two"}\n' * 3)
+    assert evaluate(checkpoint, tmp_path / "a.jsonl", "--text-key", "body") == 0
+    assert "tokens                    35" in capsys.readouterr().out
+    assert evaluate(checkpoint, tmp_path / "a.jsonl") == 2
+    assert "choose one with --text-key" in capsys.readouterr().err
+
+
 @needs_lm_eval
 @pytest.mark.filterwarnings("ignore")  # lm_eval's own.
+@pytest.mark.usefixtures("quick_lm_eval")
 def test_tasks_end_with_a_table_and_json(checkpoint, task_folder, tmp_path, capsys):
     flags = ("--include-path", task_folder, "--limit", 3, "--num-fewshot", 1, "--batch-size", 2)
     output = ("--max-length", 40, "--output", tmp_path / "out.json")
@@ -85,6 +94,8 @@ def test_without_lm_eval(checkpoint, monkeypatch, capsys):
     ("args", "message"),
     [
         ((), "give a prepared folder or text files to evaluate on, or --tasks"),
+        (("a.txt", "--seqlen", "0"), "seqlen: got 0, wanted at least 1"),
+        (("--tasks", "x", "--batch-size", "0"), "batch_size: got 0, wanted at least 1"),
         (("a.txt", "--limit", "3"), "--limit: is for --tasks, not for a text"),
         (("a.txt", "--max-length", "3", "--num-fewshot", "1"), "--num-fewshot, --max-length: is"),
         (("a.txt", "--tasks", "x"), "got --tasks and a.txt, wanted either of them"),

@@ -17,7 +17,10 @@ from mambakit.evaluate.likelihood import log_likelihoods
 from mambakit.evaluate.tasks import evaluate_tasks
 from mambakit.models import MambaConfig, MambaLanguageModel
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval's own.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # lm_eval's own.
+    pytest.mark.usefixtures("quick_lm_eval"),
+]
 EOS = BytesTokenizer.eos_id
 
 
