@@ -54,11 +54,14 @@ class Backbone(nn.Module):
         residual: Tensor | None = None
         old_states = [None] * len(self.layers) if state is None else state.layers
         states = []
+        # Only an adapter's dropout draws. The state of the generators cannot be read in a CUDA graph.
+        draws = any(isinstance(module, nn.Dropout) for module in self.modules())
         for block, old_state in zip(self.blocks(), old_states, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden, residual, new_state = checkpoint(
-                    block, hidden, residual, old_state, seq_idx=seq_idx, use_reentrant=False
-                )
+                    block, hidden, residual, old_state, seq_idx=seq_idx, use_reentrant=False,
+                    preserve_rng_state=draws,
+                )  # fmt: skip
             else:
                 hidden, residual, new_state = block(hidden, residual, old_state, seq_idx=seq_idx)
             states.append(new_state)

@@ -111,7 +111,8 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest backward: less memory, more time."""
     cuda_graph: bool = True
-    """On one GPU, run each step as one CUDA graph, so that the GPU does not wait for Python."""
+    """On one GPU, run each step as one CUDA graph, so that the GPU does not wait for Python. Not with
+    both --lora-dropout and --activation-checkpointing."""
 
     log_every: int = 10
     """Steps between two lines of the log."""

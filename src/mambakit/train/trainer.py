@@ -141,9 +141,10 @@ class Trainer:
         self._open_run(overwrite)
         self._loss: nn.Module = _Loss(self.model)
         self._update: Callable[..., Tensor] = self._run_update
+        draws_again = config.activation_checkpointing and config.lora_dropout > 0
         if self.world.size > 1:
             self._loss = DistributedDataParallel(self._loss)
-        elif config.cuda_graph and self.world.device.type == "cuda":
+        elif config.cuda_graph and self.world.device.type == "cuda" and not draws_again:
             self._update = StepGraph(self._run_update)
 
     def _open_run(self, overwrite: bool) -> None:

@@ -158,6 +158,24 @@ def test_activation_checkpointing_changes_no_gradient():
         assert torch.equal(gradient, recomputed[name]), name
 
 
+def test_activation_checkpointing_leaves_the_generators_alone(monkeypatch):
+    """Their state cannot be read while a CUDA graph is captured; without dropout nobody draws."""
+    model = make_model()
+    model.activation_checkpointing = True
+    with monkeypatch.context() as context:
+        context.setattr(torch, "get_rng_state", lambda: pytest.fail("the state was read"))
+        gradients(model)
+    model.backbone.layers[0].mixer.out_proj = torch.nn.Sequential(
+        model.backbone.layers[0].mixer.out_proj, torch.nn.Dropout(0.5)
+    )
+    read = []
+    monkeypatch.setattr(
+        torch, "get_rng_state", lambda: read.append(1) or torch.random.get_rng_state()
+    )
+    gradients(model)
+    assert read
+
+
 def test_half_precision_keeps_the_residual_stream_in_float32():
     model = make_model()
     exact, _ = model(make_tokens())
