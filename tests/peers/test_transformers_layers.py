@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -195,12 +196,14 @@ def test_another_activation():
         torch.testing.assert_close(model(tokens, use_cache=False).logits, expected, **TOLERANCE)
 
 
-def test_adapters_of_the_projection_to_dt_count():
+@pytest.mark.parametrize("name", ["mamba", "falcon"])
+def test_adapters_of_all_projections_count_and_merge(name, tmp_path):
     peft = pytest.importorskip("peft")
-    model = make_model("mamba")
+    model = make_model(name)
+    plain = copy.deepcopy(model)
     mambakit.compat.install()
     tokens = torch.randint(0, VOCAB, (1, 9))
-    targets = ["in_proj", "x_proj", "dt_proj"]
+    targets = ["in_proj", "x_proj", "dt_proj", "out_proj"]
     config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     adapted = peft.get_peft_model(model, config).train()
     loss = adapted(tokens, labels=tokens).loss
@@ -208,10 +211,29 @@ def test_adapters_of_the_projection_to_dt_count():
     for key, parameter in adapted.named_parameters():
         if "lora_" in key:
             assert parameter.grad.abs().sum() > 0, key
+    adapted.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = adapted(tokens, use_cache=False).logits
         merged = adapted.merge_and_unload()(tokens, use_cache=False).logits
     torch.testing.assert_close(merged, expected, **TOLERANCE)
+    again = peft.PeftModel.from_pretrained(plain, tmp_path)
+    with torch.no_grad():
+        found = again(tokens, use_cache=False).logits
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def test_peft_refuses_what_would_be_passed_by():
+    """Without our layers the output projection, and the convolution in any case."""
+    peft = pytest.importorskip("peft")
+    for installed, target in ((False, "out_proj"), (True, "conv1d")):
+        if installed:
+            mambakit.compat.install()
+            mambakit.compat.install()
+        with pytest.raises(ValueError, match=f"Module .{target}. is incompatible"):
+            peft.get_peft_model(make_model("mamba"), peft.LoraConfig(target_modules=[target]))
+    mambakit.compat.uninstall()
+    with pytest.raises(ValueError, match="Module .out_proj. is incompatible"):
+        peft.get_peft_model(make_model("mamba"), peft.LoraConfig(target_modules=["out_proj"]))
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ from torch.nn.functional import linear
 
 from mambakit.nn.linear import project_to
 from mambakit.nn.mixer import RECOMPUTES_ON
-from mambakit.nn.recomputation import Recomputation
+from mambakit.nn.recomputation import Recomputation, is_plain
 from mambakit.ops import causal_conv1d, selective_scan, selective_scan_step
+from mambakit.ops.linear import linear_step
 
 
 def forward(
@@ -43,7 +44,7 @@ def forward(
         ssm_state = cache_params.get_recurrent_state(layer)
     seq_idx = kwargs.get("seq_idx")
 
-    inputs, z = self.in_proj(_masked(hidden_states, mask)).chunk(2, dim=-1)
+    inputs, z = _applied(self.in_proj, _masked(hidden_states, mask)).chunk(2, dim=-1)
     # The backward pass needs x and dt, each as large as z, but they are cheap to make again.
     with Recomputation(wanted=hidden_states.device.type in RECOMPUTES_ON) as again:
         is_silu = self.activation in ("silu", "swish")
@@ -53,7 +54,9 @@ def forward(
         x = convolve(*read)
         again.instead_of(x, convolve, *read)
         dt, B, C = torch.split(
-            self.x_proj(x), [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
+            _applied(self.x_proj, x),
+            [self.time_step_rank, self.ssm_state_size, self.ssm_state_size],
+            dim=-1,
         )
         if hasattr(self, "dt_layernorm"):
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
@@ -68,8 +71,16 @@ def forward(
         cache_params.update_conv_state(inputs.transpose(1, 2), layer, conv_kernel_size=width)
         if state is not ssm_state:
             cache_params.update_recurrent_state(state, layer)
-    out: Tensor = self.out_proj(y)
-    return out
+    return _applied(self.out_proj, y)
+
+
+def _applied(layer: Any, x: Tensor) -> Tensor:
+    """layer(x); of a plain one that sees one position the matrix is read at the memory's speed."""
+    is_step = x.shape[1] == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if is_step and is_plain(layer, nn.Linear) and x.dtype == layer.weight.dtype:
+        return linear_step(x[:, 0], layer.weight, layer.bias)[:, None]
+    y: Tensor = layer(x)
+    return y
 
 
 def _masked(hidden: Tensor, mask: Tensor | None) -> Tensor:

@@ -3,6 +3,9 @@
 transformers finds functions of `mamba_ssm` by name when a modelling file is imported, and falls back to its own without
 a word. That would do for files that come later. But its own code around these functions forgets the state
 when several tokens follow a cache, ignores padding in training, and reads the weight of `dt_proj` past adapters.
+
+peft refuses adapters of `out_proj` in these models, since the authors' package would read its weight past them. Our
+forward calls the layer, so peft may.
 """
 
 from __future__ import annotations
@@ -24,32 +27,53 @@ MIXERS = {
 """The layers, by the module that holds them."""
 
 _FUNCTION = "mamba_selective_scan"
-"""In modules of the form that is known here. Those of older versions take functions by name alone."""
+"""In modelling files of the form that is known here. Those of older versions take functions by name alone."""
 
-_originals: dict[Any, Callable[..., Any]] = {}
+_GUARD = "_check_lora_target_modules_mamba"
+"""peft's function that refuses."""
+
+_KINDS = ("mamba", "falcon_mamba")
+"""Of the models that peft's guard knows, those whose layers are ours."""
+
+_patched: set[str] = set()
+"""Names of modules."""
+
+_originals: list[tuple[Any, str, Any]] = []
+"""What was replaced in them: where, by which name, and what was there."""
 
 
 def start() -> None:
     """Patch the modules that are imported, and the others as they are."""
     if _hook not in sys.meta_path:
         sys.meta_path.insert(0, _hook)
-    for name in MIXERS:
+    for name in _PATCHES:
         if name in sys.modules:
             _patch(sys.modules[name])
 
 
 def stop() -> None:
-    """Give the layers their own forward again."""
+    """Give everything back."""
     if _hook in sys.meta_path:
         sys.meta_path.remove(_hook)
     while _originals:
-        mixer, forward = _originals.popitem()
-        mixer.forward = forward
+        setattr(*_originals.pop())
+    _patched.clear()
 
 
 def _patch(module: ModuleType) -> None:
+    if module.__name__ not in _patched:
+        _patched.add(module.__name__)
+        _PATCHES[module.__name__](module)
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    _originals.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, value)
+
+
+def _patch_mixer(module: ModuleType) -> None:
     mixer = getattr(module, MIXERS[module.__name__], None)
-    if mixer is None or not hasattr(module, _FUNCTION) or mixer in _originals:
+    if mixer is None or not hasattr(module, _FUNCTION):
         return
     import torch
     from transformers.integrations.accelerate import force_accelerate_hooks
@@ -63,18 +87,38 @@ def _patch(module: ModuleType) -> None:
         # What is exported runs elsewhere: in ONNX, or where there is no mambakit.
         return (theirs if torch.compiler.is_exporting() else forward)(self, *args, **kwargs)
 
-    _originals[mixer] = theirs
     # Weights that are read and not called have to be where the input is.
-    mixer.forward = force_accelerate_hooks(["conv1d", "dt_proj"])(ours_or_exported)
+    _replace(mixer, "forward", force_accelerate_hooks(["conv1d", "dt_proj"])(ours_or_exported))
+
+
+def _patch_tuner(module: ModuleType) -> None:
+    theirs = getattr(module, _GUARD, None)
+    if theirs is None:
+        return
+
+    @functools.wraps(theirs)
+    def guard(peft_config: Any, model: Any, target_name: str) -> None:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if not (target_name == "out_proj" and kind in _KINDS):
+            theirs(peft_config, model, target_name)
+
+    _replace(module, _GUARD, guard)
+
+
+_PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    **dict.fromkeys(MIXERS, _patch_mixer),
+    "peft.tuners.tuners_utils": _patch_tuner,
+}
+"""How to patch each module."""
 
 
 class _Hook(MetaPathFinder):
-    """Patches the modules of `MIXERS` once they are imported."""
+    """Patches the modules of `_PATCHES` once they are imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in MIXERS:
+        if fullname not in _PATCHES:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
