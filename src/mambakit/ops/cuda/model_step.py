@@ -1,11 +1,14 @@
 """One decoding step of a whole model on a GPU: four kernels a layer, bound by the reading of the weights.
 
-Up to `MOST_ROWS` rows, kernels of our own read every weight once and do what is between the products at their ends.
-Each begins to read its weights while the one before still runs. For more rows the products are PyTorch's (cuBLAS).
+Kernels of our own read every weight once and do what is between the products at their ends. Each begins to read its
+weights while the one before still runs. For a few rows they multiply number by number, for up to 128 on tensor cores,
+and then dt has a product of its own. For more rows, and for what the tensor cores do not take, the products are
+PyTorch's (cuBLAS).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -14,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from mambakit.ops.cuda.arrays import TYPES, Variants, lanes, multiprocessors
+from mambakit.ops.cuda import tensor_core_products as tensor_cores
+from mambakit.ops.cuda.arrays import TYPES, Variants, has_clusters, lanes, multiprocessors
 from mambakit.ops.cuda.causal_conv1d import causal_conv1d_step
 from mambakit.ops.cuda.compiler import kernel
 from mambakit.ops.cuda.products import MOST_ROWS, plan, tile_of
@@ -76,8 +80,9 @@ def model_step(
 ) -> Tensor:
     """Logits, (B, V), of a token a sequence, (B,); the states move on.
 
-    All tensors are `suitable`. Up to `MOST_ROWS` rows, a row does not depend on the other rows of the batch, nor on how
-    many there are. A token that is none is an error of the device.
+    All tensors are `suitable`. With kernels of our own a row does not depend on the other rows of the batch, nor on how
+    many there are up to `MOST_ROWS`, from there to 64, and from there to 128. A token that is none is an error of the
+    device.
 
     Args:
         layers: First layer first.
@@ -88,15 +93,17 @@ def model_step(
         tokens: (B,), int32 or int64, on the same device.
     """
     norms = [*(layer.norm for layer in layers), norm_f]
-    if tokens.shape[0] == 0:
+    batch = tokens.shape[0]
+    if batch == 0:
         return head.new_empty(0, head.shape[0])
-    step = _few_rows if tokens.shape[0] <= MOST_ROWS else _many_rows
+    is_ours = batch <= MOST_ROWS or _on_tensor_cores(layers[0], batch)
+    step = _with_own_products if is_ours else _with_library_products
     logits = step(tokens, embedding, layers, norms, head, eps)
     increment_version([*chain.from_iterable((la.conv_state, la.ssm_state) for la in layers)])
     return logits
 
 
-def _few_rows(
+def _with_own_products(
     tokens: Tensor,
     embedding: Tensor,
     layers: Sequence[Layer],
@@ -106,15 +113,20 @@ def _few_rows(
 ) -> Tensor:
     # The first kernel waits for all that was before the step; the others only for one another.
     residual = embed(tokens, embedding, norms[0])
+    are_few = tokens.shape[0] <= MOST_ROWS  # The scan projects dt itself.
     for layer, norm, epsilon in zip(layers, norms[1:], eps, strict=False):
         x, z = in_proj(layer, residual, epsilon, overlaps=True)
-        steering = x_proj(layer, x, overlaps=True)
-        y = scan(layer, x, z, steering, overlaps=True)
+        steering = project(layer.x_proj, x, torch.float32 if are_few else x.dtype, overlaps=True)
+        dt = None
+        if not are_few:
+            low = steering[:, : layer.dt_proj.shape[1]]
+            dt = project(layer.dt_proj, low, x.dtype, overlaps=True)
+        y = scan(layer, x, z, steering, dt, overlaps=True)
         residual = out_proj(layer, y, residual, norm, overlaps=True)
     return logits_of(head, residual, eps[-1], overlaps=True)
 
 
-def _many_rows(
+def _with_library_products(
     tokens: Tensor,
     embedding: Tensor,
     layers: Sequence[Layer],
@@ -169,25 +181,42 @@ def in_proj(
     batch, width = scaled.shape
     channels = weight.shape[0] // 2
     x, z = weight.new_empty(2, batch, channels)
-    constants, grid, block = _product(weight, scaled)
+    product = _product(weight, scaled)
     launch = kernel(
-        "decode_in_proj.cu", "decode_in_proj", weight.device, **constants, TAPS=layer.conv.shape[-1]
-    )
+        "decode_in_proj.cu", "decode_in_proj", weight.device, **product.constants,
+        TAPS=layer.conv.shape[-1],
+    )  # fmt: skip
     launch(
-        grid, block, weight, layer.conv, layer.conv_bias, scaled, residual.squares, residual.squares.shape[1], eps,
-        layer.conv_state, *layer.conv_state.stride(), x, z, batch, channels, width, overlaps=overlaps,
+        product.grid, product.block, weight, layer.conv, layer.conv_bias, scaled, residual.squares,
+        residual.squares.shape[1], eps, layer.conv_state, *layer.conv_state.stride(), x, z, batch, channels, width,
+        shared=product.shared, overlaps=overlaps,
     )  # fmt: skip
     return x, z
 
 
-def x_proj(layer: Layer, x: Tensor, *, overlaps: bool = False) -> Tensor:
-    """What steers the scan at x, (B, D): dt at low rank, B and C, (B, R + 2 N), float32; `overlaps` as in `in_proj`."""
-    weight = layer.x_proj
-    steering = torch.empty(x.shape[0], weight.shape[0], device=x.device)
-    constants, grid, block = _product(weight, x)
-    launch = kernel("decode_x_proj.cu", "decode_x_proj", x.device, **constants)
-    launch(grid, block, weight, x, steering, x.shape[0], *weight.shape, overlaps=overlaps)
-    return steering
+def project(
+    weight: Tensor, x: Tensor, dtype: torch.dtype, *, overlaps: bool = False
+) -> Tensor:
+    """x W^T, (B, O).
+
+    x_proj gives what steers the scan: dt at low rank, B and C, (B, R + 2 N); dt_proj gives dt.
+
+    Args:
+        weight: (O, K).
+        x: (B, K), with neighbouring numbers of a row side by side.
+        dtype: Of the result.
+        overlaps: As in `in_proj`.
+    """
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
+    product = _product(weight, x)
+    launch = kernel(
+        "decode_linear.cu", "decode_linear", x.device, **product.constants, Y=TYPES[dtype]
+    )
+    launch(
+        product.grid, product.block, weight, x, x.stride(0), y, x.shape[0], *weight.shape,
+        shared=product.shared, overlaps=overlaps,
+    )  # fmt: skip
+    return y
 
 
 def scan(
@@ -236,13 +265,18 @@ def out_proj(
         overlaps: As in `in_proj`.
     """
     weight = layer.out_proj
-    constants, grid, block = _product(weight, y)
-    after = _residual(weight, y.shape[0], weight.shape[0], parts=grid[0], stream=residual.stream)
+    product = _product(weight, y)
+    after = _residual(
+        weight, y.shape[0], weight.shape[0], parts=product.parts, stream=residual.stream
+    )
     launch = kernel(
-        "decode_out_proj.cu", "decode_out_proj", y.device, **constants,
+        "decode_out_proj.cu", "decode_out_proj", y.device, **product.constants,
         SCALED=TYPES[after.scaled.dtype],
     )  # fmt: skip
-    launch(grid, block, weight, norm, y, *after, y.shape[0], *weight.shape, overlaps=overlaps)
+    launch(
+        product.grid, product.block, weight, norm, y, *after, y.shape[0], *weight.shape,
+        shared=product.shared, overlaps=overlaps,
+    )  # fmt: skip
     return after
 
 
@@ -250,11 +284,11 @@ def logits_of(head: Tensor, residual: Residual, eps: float, *, overlaps: bool = 
     """Logits, (B, V), of the residual stream after the last layer; arguments as in `in_proj`."""
     batch, (vocab, width) = residual.scaled.shape[0], head.shape
     logits = head.new_empty(batch, vocab)
-    constants, grid, block = _product(head, residual.scaled)
-    launch = kernel("decode_head.cu", "decode_head", head.device, **constants)
+    product = _product(head, residual.scaled)
+    launch = kernel("decode_head.cu", "decode_head", head.device, **product.constants)
     launch(
-        grid, block, head, residual.scaled, residual.squares, residual.squares.shape[1], eps, logits, batch, vocab,
-        width, overlaps=overlaps,
+        product.grid, product.block, head, residual.scaled, residual.squares, residual.squares.shape[1], eps, logits,
+        batch, vocab, width, shared=product.shared, overlaps=overlaps,
     )  # fmt: skip
     return logits
 
@@ -276,14 +310,48 @@ def _types(io: torch.dtype, x: torch.dtype) -> dict[str, int | str]:
     return {"IO": TYPES[io], "X": TYPES[x]}
 
 
-def _product(weight: Tensor, x: Tensor) -> tuple[dict[str, int | str], tuple[int, int], int]:
-    """Constants, grid and threads of a block for a product with a few rows."""
+class _Product(NamedTuple):
+    """How a kernel with a product is launched."""
+
+    constants: dict[str, int | str]
+    grid: tuple[int, int]
+    block: int
+    shared: int
+    parts: int
+    """Parts of the rows of the matrix, each of which gives sums of squares."""
+
+
+def _product(weight: Tensor, x: Tensor) -> _Product:
+    """On tensor cores from `tensor_cores.FEWEST_ROWS` rows on, if they can read the tensors where they lie."""
     batch, (rows, columns) = x.shape[0], weight.shape
     along = lanes(16 // weight.element_size(), columns, weight, x)
+    types = _types(weight.dtype, x.dtype)
+    if _is_tiled(batch, weight, along):
+        x_bytes = x.element_size()
+        tiles = tensor_cores.plan(rows, columns, batch, x_bytes, multiprocessors(weight.device))
+        tiled = tiles.constants(batch, x_bytes)
+        threads = 32 * tiled["WARPS_M"] * tiled["WARPS_N"] * tiled["WARPS_K"]
+        shared = tensor_cores.shared_memory(tiled, x_bytes)
+        return _Product({**types, **tiled}, (tiles.blocks, 1), threads, shared, tiles.parts)
     layout = plan(rows, columns, along, multiprocessors(weight.device))
-    constants = {**_types(weight.dtype, x.dtype), "LANES": along, **layout.constants(batch)}
-    grid = layout.blocks(rows), -(-batch // tile_of(batch))
-    return constants, grid, 32 * int(constants["WARPS"])
+    constants = {**types, "LANES": along, **layout.constants(batch)}
+    blocks = layout.blocks(rows)
+    grid = blocks, -(-batch // tile_of(batch))
+    return _Product(constants, grid, 32 * int(constants["WARPS"]), 0, blocks)
+
+
+def _is_tiled(batch: int, weight: Tensor, along: int) -> bool:
+    fits = weight.element_size() == 2 and along == 8 and has_clusters(weight.device)
+    return fits and tensor_cores.FEWEST_ROWS <= batch <= tensor_cores.MOST_ROWS
+
+
+def _on_tensor_cores(layer: Layer, batch: int) -> bool:
+    """Whether a layer's products of so many rows can all be: of what they read, every row starts at 16 bytes."""
+    weights = layer.in_proj, layer.x_proj, layer.dt_proj, layer.out_proj
+    reach = [weight.shape[1] for weight in weights] + [layer.x_proj.shape[0]]
+    return all(
+        _is_tiled(batch, weight, lanes(8, math.gcd(*reach), weight)) for weight in weights
+    )
 
 
 def _scan_constants(
