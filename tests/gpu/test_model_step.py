@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from mambakit import ops
 from mambakit.models import MambaConfig, MambaLanguageModel, ModelState
 from mambakit.models.fused_step import fused_step
-from mambakit.ops.cuda import launch, model_step
+from mambakit.ops.cuda import launch, model_step, step_products
 from mambakit.ops.model_layer import Layer
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +36,7 @@ SIZES = {
 @pytest.fixture(params=[1, 5, 200], ids=lambda count: f"{count} multiprocessors")
 def multiprocessors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """What a product is laid out for: few fill with many rows a warp, many only with rows that warps share."""
-    monkeypatch.setattr(model_step, "multiprocessors", lambda _: request.param)
+    monkeypatch.setattr(step_products, "multiprocessors", lambda _: request.param)
     return request.param
 
 
@@ -374,7 +374,10 @@ def test_a_row_on_tensor_cores_does_not_depend_on_the_others(
 ) -> None:
     model = make_model(dtype, d_model=128, n_layer=2)
     tokens, state = read(model, most)
-    parts = [torch.arange(most // 2 + 1, device=DEVICE), torch.arange(most - 1, -1, -1, device=DEVICE)]
+    parts = [
+        torch.arange(most // 2 + 1, device=DEVICE),
+        torch.arange(most - 1, -1, -1, device=DEVICE),
+    ]
     if most == 64:
         parts += [torch.arange(9, device=DEVICE), torch.arange(40, 60, device=DEVICE)]
     else:

@@ -8,7 +8,6 @@ PyTorch's (cuBLAS).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -17,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from mambakit.ops.cuda import tensor_core_products as tensor_cores
-from mambakit.ops.cuda.arrays import TYPES, Variants, has_clusters, lanes, multiprocessors
+from mambakit.ops.cuda.arrays import TYPES, Variants, lanes
 from mambakit.ops.cuda.causal_conv1d import causal_conv1d_step
 from mambakit.ops.cuda.compiler import kernel
-from mambakit.ops.cuda.products import MOST_ROWS, plan, tile_of
+from mambakit.ops.cuda.products import MOST_ROWS, tile_of
 from mambakit.ops.cuda.rms_norm import add_rms_norm, rms_norm
+from mambakit.ops.cuda.step_products import are_for_tensor_cores, product, scaled_dtype, types
+from mambakit.ops.cuda.step_products import variants as product_variants
 from mambakit.ops.model_layer import Layer
 
 THREADS = 128
@@ -96,7 +96,7 @@ def model_step(
     batch = tokens.shape[0]
     if batch == 0:
         return head.new_empty(0, head.shape[0])
-    is_ours = batch <= MOST_ROWS or _on_tensor_cores(layers[0], batch)
+    is_ours = batch <= MOST_ROWS or are_for_tensor_cores(layers[0], batch)
     step = _with_own_products if is_ours else _with_library_products
     logits = step(tokens, embedding, layers, norms, head, eps)
     increment_version([*chain.from_iterable((la.conv_state, la.ssm_state) for la in layers)])
@@ -159,7 +159,8 @@ def embed(tokens: Tensor, embedding: Tensor, norm: Tensor) -> Residual:
     residual = _residual(embedding, batch, width, parts=1)
     launch = kernel(
         "decode_embedding.cu", "decode_embedding", embedding.device,
-        **_types(embedding.dtype, _scaled(embedding.dtype)), TOKEN="int64" if tokens.dtype == torch.int64 else "int",
+        **types(embedding.dtype, scaled_dtype(embedding.dtype)),
+        TOKEN="int64" if tokens.dtype == torch.int64 else "int",
     )  # fmt: skip
     launch(batch, 256, tokens, embedding, vocab, norm, *residual, width)
     return residual
@@ -181,25 +182,21 @@ def in_proj(
     batch, width = scaled.shape
     channels = weight.shape[0] // 2
     x, z = weight.new_empty(2, batch, channels)
-    product = _product(weight, scaled)
+    by = product(weight, scaled)
     launch = kernel(
-        "decode_in_proj.cu", "decode_in_proj", weight.device, **product.constants,
+        "decode_in_proj.cu", "decode_in_proj", weight.device, **by.constants,
         TAPS=layer.conv.shape[-1],
     )  # fmt: skip
     launch(
-        product.grid, product.block, weight, layer.conv, layer.conv_bias, scaled, residual.squares,
+        by.grid, by.block, weight, layer.conv, layer.conv_bias, scaled, residual.squares,
         residual.squares.shape[1], eps, layer.conv_state, *layer.conv_state.stride(), x, z, batch, channels, width,
-        shared=product.shared, overlaps=overlaps,
+        shared=by.shared, overlaps=overlaps,
     )  # fmt: skip
     return x, z
 
 
-def project(
-    weight: Tensor, x: Tensor, dtype: torch.dtype, *, overlaps: bool = False
-) -> Tensor:
-    """x W^T, (B, O).
-
-    x_proj gives what steers the scan: dt at low rank, B and C, (B, R + 2 N); dt_proj gives dt.
+def project(weight: Tensor, x: Tensor, dtype: torch.dtype, *, overlaps: bool = False) -> Tensor:
+    """x W^T, (B, O): with x_proj what steers the scan, dt at low rank, B and C; with dt_proj dt.
 
     Args:
         weight: (O, K).
@@ -208,13 +205,11 @@ def project(
         overlaps: As in `in_proj`.
     """
     y = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
-    product = _product(weight, x)
-    launch = kernel(
-        "decode_linear.cu", "decode_linear", x.device, **product.constants, Y=TYPES[dtype]
-    )
+    by = product(weight, x)
+    launch = kernel("decode_linear.cu", "decode_linear", x.device, **by.constants, Y=TYPES[dtype])
     launch(
-        product.grid, product.block, weight, x, x.stride(0), y, x.shape[0], *weight.shape,
-        shared=product.shared, overlaps=overlaps,
+        by.grid, by.block, weight, x, x.stride(0), y, x.shape[0], *weight.shape,
+        shared=by.shared, overlaps=overlaps,
     )  # fmt: skip
     return y
 
@@ -265,17 +260,15 @@ def out_proj(
         overlaps: As in `in_proj`.
     """
     weight = layer.out_proj
-    product = _product(weight, y)
-    after = _residual(
-        weight, y.shape[0], weight.shape[0], parts=product.parts, stream=residual.stream
-    )
+    by = product(weight, y)
+    after = _residual(weight, y.shape[0], weight.shape[0], parts=by.parts, stream=residual.stream)
     launch = kernel(
-        "decode_out_proj.cu", "decode_out_proj", y.device, **product.constants,
+        "decode_out_proj.cu", "decode_out_proj", y.device, **by.constants,
         SCALED=TYPES[after.scaled.dtype],
     )  # fmt: skip
     launch(
-        product.grid, product.block, weight, norm, y, *after, y.shape[0], *weight.shape,
-        shared=product.shared, overlaps=overlaps,
+        by.grid, by.block, weight, norm, y, *after, y.shape[0], *weight.shape,
+        shared=by.shared, overlaps=overlaps,
     )  # fmt: skip
     return after
 
@@ -284,11 +277,11 @@ def logits_of(head: Tensor, residual: Residual, eps: float, *, overlaps: bool = 
     """Logits, (B, V), of the residual stream after the last layer; arguments as in `in_proj`."""
     batch, (vocab, width) = residual.scaled.shape[0], head.shape
     logits = head.new_empty(batch, vocab)
-    product = _product(head, residual.scaled)
-    launch = kernel("decode_head.cu", "decode_head", head.device, **product.constants)
+    by = product(head, residual.scaled)
+    launch = kernel("decode_head.cu", "decode_head", head.device, **by.constants)
     launch(
-        product.grid, product.block, head, residual.scaled, residual.squares, residual.squares.shape[1], eps, logits,
-        batch, vocab, width, shared=product.shared, overlaps=overlaps,
+        by.grid, by.block, head, residual.scaled, residual.squares, residual.squares.shape[1], eps, logits,
+        batch, vocab, width, shared=by.shared, overlaps=overlaps,
     )  # fmt: skip
     return logits
 
@@ -298,60 +291,8 @@ def _residual(
 ) -> Residual:
     if stream is None:
         stream = torch.empty(batch, width, device=like.device)
-    scaled = like.new_empty(batch, width, dtype=_scaled(like.dtype))
+    scaled = like.new_empty(batch, width, dtype=scaled_dtype(like.dtype))
     return Residual(stream, scaled, torch.empty(batch, parts, device=like.device))
-
-
-def _scaled(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.bfloat16 else torch.float32
-
-
-def _types(io: torch.dtype, x: torch.dtype) -> dict[str, int | str]:
-    return {"IO": TYPES[io], "X": TYPES[x]}
-
-
-class _Product(NamedTuple):
-    """How a kernel with a product is launched."""
-
-    constants: dict[str, int | str]
-    grid: tuple[int, int]
-    block: int
-    shared: int
-    parts: int
-    """Parts of the rows of the matrix, each of which gives sums of squares."""
-
-
-def _product(weight: Tensor, x: Tensor) -> _Product:
-    """On tensor cores from `tensor_cores.FEWEST_ROWS` rows on, if they can read the tensors where they lie."""
-    batch, (rows, columns) = x.shape[0], weight.shape
-    along = lanes(16 // weight.element_size(), columns, weight, x)
-    types = _types(weight.dtype, x.dtype)
-    if _is_tiled(batch, weight, along):
-        x_bytes = x.element_size()
-        tiles = tensor_cores.plan(rows, columns, batch, x_bytes, multiprocessors(weight.device))
-        tiled = tiles.constants(batch, x_bytes)
-        threads = 32 * tiled["WARPS_M"] * tiled["WARPS_N"] * tiled["WARPS_K"]
-        shared = tensor_cores.shared_memory(tiled, x_bytes)
-        return _Product({**types, **tiled}, (tiles.blocks, 1), threads, shared, tiles.parts)
-    layout = plan(rows, columns, along, multiprocessors(weight.device))
-    constants = {**types, "LANES": along, **layout.constants(batch)}
-    blocks = layout.blocks(rows)
-    grid = blocks, -(-batch // tile_of(batch))
-    return _Product(constants, grid, 32 * int(constants["WARPS"]), 0, blocks)
-
-
-def _is_tiled(batch: int, weight: Tensor, along: int) -> bool:
-    fits = weight.element_size() == 2 and along == 8 and has_clusters(weight.device)
-    return fits and tensor_cores.FEWEST_ROWS <= batch <= tensor_cores.MOST_ROWS
-
-
-def _on_tensor_cores(layer: Layer, batch: int) -> bool:
-    """Whether a layer's products of so many rows can all be: of what they read, every row starts at 16 bytes."""
-    weights = layer.in_proj, layer.x_proj, layer.dt_proj, layer.out_proj
-    reach = [weight.shape[1] for weight in weights] + [layer.x_proj.shape[0]]
-    return all(
-        _is_tiled(batch, weight, lanes(8, math.gcd(*reach), weight)) for weight in weights
-    )
 
 
 def _scan_constants(
@@ -363,7 +304,7 @@ def _scan_constants(
     spread = _spread(layer.ssm_state.shape[2], states)
     tile = PROJECTED_ROWS if is_projected else tile_of(batch)
     return {
-        **_types(weight.dtype, steering.dtype),
+        **types(weight.dtype, steering.dtype),
         **_scan_layout(states, spread, along, rank, tile),
         "PROJECTED": int(is_projected),
     }
@@ -400,7 +341,7 @@ def _states_fit(layer: Layer) -> bool:
 
 def variants() -> Variants:
     """The kernels of the released models' shapes on 132 multiprocessors, and of odd sizes."""
-    found: Variants = []
+    found = product_variants()
     for d_model, batch, io in (
         (768, 1, torch.bfloat16),
         (2048, 2, torch.bfloat16),
@@ -409,29 +350,16 @@ def variants() -> Variants:
         (768, 8, torch.float32),
         (17, 4, torch.bfloat16),
     ):
-        d_inner, rank, scaled = 2 * d_model, -(-d_model // 16), _scaled(io)
-        most = 16 // io.itemsize
-        products: dict[str, tuple[int, int, torch.dtype, dict[str, int | str]]] = {
-            "in_proj": (2 * d_inner, d_model, scaled, {"TAPS": 4}),
-            "x_proj": (rank + 32, d_inner, io, {}),
-            "out_proj": (d_model, d_inner, io, {"SCALED": TYPES[scaled]}),
-            "head": (50280, d_model, scaled, {}),
-        }
-        for name, (rows, columns, x, more) in products.items():
-            along = lanes(most, columns)
-            layout = plan(rows, columns, along, 132).constants(batch)
-            constants = {**_types(io, x), "LANES": along, **layout, **more}
-            found.append((f"decode_{name}.cu", f"decode_{name}", constants))
+        rank = -(-d_model // 16)
         states, spread = (4, 4) if d_model > 17 else (1, 8)
-        layout = _scan_layout(states, spread, lanes(most, rank), rank, batch)
-        projected = {**_scan_layout(states, spread, 1, rank, PROJECTED_ROWS), "PROJECTED": 1}
+        layout = _scan_layout(states, spread, lanes(16 // io.itemsize, rank), rank, batch)
+        unprojected = {**types(io, torch.float32), **layout, "PROJECTED": 0}
+        layout = _scan_layout(states, spread, 1, rank, PROJECTED_ROWS)
+        projected = {**types(io, io), **layout, "PROJECTED": 1}
+        embedding = {**types(io, scaled_dtype(io)), "TOKEN": "int64"}
         found += [
-            (
-                "decode_scan.cu",
-                "decode_scan",
-                {**_types(io, torch.float32), **layout, "PROJECTED": 0},
-            ),
-            ("decode_scan.cu", "decode_scan", {**_types(io, io), **projected}),
-            ("decode_embedding.cu", "decode_embedding", {**_types(io, scaled), "TOKEN": "int64"}),
+            ("decode_scan.cu", "decode_scan", unprojected),
+            ("decode_scan.cu", "decode_scan", projected),
+            ("decode_embedding.cu", "decode_embedding", embedding),
         ]
     return found

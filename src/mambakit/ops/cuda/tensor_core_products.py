@@ -6,7 +6,8 @@ import functools
 from typing import NamedTuple
 
 FEWEST_ROWS, MOST_ROWS = 9, 128
-"""Of x, for which these products are taken where they fit."""
+"""Of x, for which these products are taken where they fit. With 4 instead of 9 they do what is now done number by
+number; with 129 none, and a step of many rows is again the library's."""
 
 NARROW = 64
 """Up to so many rows of x one warp has them all; of more, two have half each."""
@@ -17,8 +18,8 @@ PIECE = 32
 MOST_WARPS = 12
 """Of a block; their registers and those of the next kernel's first blocks should fit into a multiprocessor."""
 
-SHARED = 99 * 1024
-"""Bytes of shared memory of a block: what every GPU with clusters gives; and two such blocks fit into a multiprocessor of
+SHARED = 98 * 1024
+"""Bytes of shared memory of a block: every GPU with clusters gives 99 KB. Two such blocks fit into a multiprocessor of
 the larger ones, so that the next kernel's can begin."""
 
 CLUSTERS = (1, 2, 4, 8)
@@ -73,7 +74,7 @@ class Tiles(NamedTuple):
 
 
 def shared_memory(constants: dict[str, int], x_bytes: int) -> int:
-    """Bytes that a block takes: of its stages, or afterwards of its sums."""
+    """Bytes that a block takes: for its stages, and afterwards for its sums."""
     tile, height, split = constants["BATCH"], constants["WARPS_M"], constants["WARPS_K"]
     stages = constants["STAGES"] * _stage(height, constants["STEPS"], tile, x_bytes)
     return max(stages, _sums(height, tile), (split - 1) * PIECE * height * tile * 4)
@@ -88,9 +89,9 @@ def tile_of(batch: int) -> int:
 def plan(rows: int, columns: int, batch: int, x_bytes: int, multiprocessors: int) -> Tiles:
     """The layout of a product, the same for all batches up to `NARROW`, and for all above.
 
-    Every block reads its part of the matrix, and all of x for its part of k; blocks of a cluster exchange sums. Much of the
-    matrix in a block saves reads of x, and parts of k make up for the blocks that there are fewer of. Taken is that layout
-    of which the busiest multiprocessor moves the fewest bytes.
+    Every block reads its part of the matrix, and all of x for its part of k; blocks of a cluster exchange sums. Many
+    rows in a block save reads of x, and parts of k make up for the blocks that there are fewer of. Taken is the layout
+    in which the busiest multiprocessor moves the fewest bytes.
 
     Args:
         rows: Of the matrix.
