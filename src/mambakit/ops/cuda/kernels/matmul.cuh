@@ -1,15 +1,15 @@
 // The product of `product.cuh` for up to 128 rows of x, on tensor cores, in the time that it takes to read the matrix.
 //
 // A block has 32 WARPS_M rows of W. They and x come through shared memory, STEPS pieces of 32 numbers along k at a time,
-// STAGES of these ahead. A warp multiplies 32 rows of W by one of WARPS_N parts of the BATCH rows of x, and takes every
+// which holds STAGES of these. A warp multiplies 32 rows of W by one of WARPS_N parts of the BATCH rows of x, and takes every
 // WARPS_K-th piece. Every block needs all of x, which comes from the second-level cache: so the CLUSTER blocks of a cluster
 // share rows of W, each has a part of k and of x, and reads the others' sums from their shared memory.
 //
 // In shared memory a piece is a row of 64 bytes (128 of wide numbers), whose parts of 16 bytes are turned from row to row,
 // so that lanes which read the same part of several rows meet different banks.
 //
-// The tensor core adds in the order of k; then warps, then blocks are added in a fixed order. Neither BATCH nor WARPS_M, WARPS_N,
-// STAGES or STEPS has a part in it.
+// The tensor core adds in the order of k; then warps, then blocks are added in a fixed order. Neither BATCH nor WARPS_M,
+// WARPS_N, STAGES or STEPS has a part in it; sums of squares are those of a block's rows of W.
 //
 // IO: type of W, two bytes. X: type of x; float is scaled and rounded to IO before the product. BATCH: a multiple of
 // 8 WARPS_N and of CLUSTER, not less than the rows of x. STEPS: a multiple of WARPS_K. W and the rows of x start at 16 bytes.
