@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_decoding.py                               # the table; see MODELS and BATCHES
     python benchmarks/gpu_decoding.py --models mamba-130m --batches 1 8
-    python benchmarks/gpu_decoding.py --kernels mamba-1.4b --batches 1      # each kernel by itself
+    python benchmarks/gpu_decoding.py --kernels mamba-1.4b --batches 1 64   # each kernel by itself, beside PyTorch's
+    python benchmarks/gpu_decoding.py --models mamba-1.4b --batches 8 64 128 --fewest 4 9 129
     python benchmarks/gpu_decoding.py --json results.json           # rows of the same commit and GPU are kept
 
 A step is one CUDA graph: `model.step`, and the most probable token, which is the input of the next. Weights are random.
@@ -10,6 +11,9 @@ The Transformer has read 2,048 tokens and writes into memory for 2,112; Mamba's 
 read. The roof is the time that the device's copy takes to move as many bytes: all weights, all of Mamba's states read
 and written, the Transformer's keys and values read. No speed without parity: the first step's logits are compared with
 those of the modules. Medians of steps timed by events; the spread is half the range of the middle half.
+
+`--fewest` sets `tensor_core_products.FEWEST_ROWS`: from how many rows of the batch on products are on tensor cores.
+With 129 none is, and a step of more than 8 rows takes PyTorch's products. Each value is a row of the table.
 """
 
 from __future__ import annotations
@@ -34,7 +38,8 @@ from mambakit.models import (
     TransformerLanguageModel,
 )
 from mambakit.models.fused_step import _layer, _modules
-from mambakit.ops.cuda import model_step
+from mambakit.ops.cuda import model_step, tensor_core_products
+from mambakit.ops.cuda.products import MOST_ROWS
 from report import Measurement, print_table
 
 MODELS: dict[str, Callable[[], MambaLanguageModel | TransformerLanguageModel]] = {
@@ -135,9 +140,12 @@ def decode(name: str, batch: int, bandwidth: float) -> dict[str, Any]:
     }
 
 
-def measure(name: str, batch: int, bandwidth: float) -> dict[str, Any]:
+def measure(name: str, batch: int, bandwidth: float, fewest: int | None) -> dict[str, Any]:
     """One row: the numbers of `decode`, or that it does not fit."""
     row: dict[str, Any] = {"case": f"{name} batch {batch}", "model": name, "batch": batch}
+    if fewest is not None:
+        tensor_core_products.FEWEST_ROWS = fewest
+        row |= {"case": f"{row['case']}, tensor cores from {fewest} rows on", "fewest": fewest}
     try:
         row |= decode(name, batch, bandwidth)
     except torch.cuda.OutOfMemoryError:
@@ -156,27 +164,43 @@ def kernels(name: str, batch: int) -> dict[str, tuple[Measurement, int]]:
     layers = [*map(_layer, map(_modules, model.backbone.blocks()), state.layers)]
     tokens = torch.zeros(batch, dtype=torch.int64, device="cuda")
     embedding, norm = model.backbone.embedding.weight, model.backbone.norm_f.weight
+    head = model.lm_head.weight
     residual = model_step.embed(tokens, embedding, norm)
     x, z = model_step.in_proj(layers[0], residual, 1e-5)
-    steering = model_step.x_proj(layers[0], x)
+    are_few = batch <= MOST_ROWS
+    kept = torch.float32 if are_few else x.dtype
+    steering = model_step.project(layers[0].x_proj, x, kept)
+    low = steering[:, : layers[0].dt_proj.shape[1]]
+    dt = None if are_few else model_step.project(layers[0].dt_proj, low, x.dtype)
     runs: dict[str, tuple[Callable[[Any], Any], Callable[[Any], int]]] = {
         "in_proj": (
             lambda layer: model_step.in_proj(layer, residual, 1e-5, overlaps=True),
             lambda layer: size(layer.in_proj, layer.conv, *[layer.conv_state] * 2),
         ),
         "x_proj": (
-            lambda layer: model_step.x_proj(layer, x, overlaps=True),
+            lambda layer: model_step.project(layer.x_proj, x, kept, overlaps=True),
             lambda layer: size(layer.x_proj),
         ),
         "scan": (
-            lambda layer: model_step.scan(layer, x, z, steering, overlaps=True),
-            lambda layer: size(layer.dt_proj, layer.A_log, *[layer.ssm_state] * 2),
+            lambda layer: model_step.scan(layer, x, z, steering, dt, overlaps=True),
+            lambda layer: size(layer.A_log, *[layer.dt_proj] * are_few, *[layer.ssm_state] * 2),
         ),
         "out_proj": (
             lambda layer: model_step.out_proj(layer, x, residual, norm, overlaps=True),
             lambda layer: size(layer.out_proj),
         ),
     }
+    if not are_few:
+        runs["dt_proj"] = (
+            lambda layer: model_step.project(layer.dt_proj, low, x.dtype, overlaps=True),
+            lambda layer: size(layer.dt_proj),
+        )
+        of_library = {"in_proj": residual.scaled, "x_proj": x, "dt_proj": low, "out_proj": x}
+        for key, factor in of_library.items():
+            runs[f"{key}, PyTorch's product"] = (
+                lambda layer, key=key, factor=factor: factor @ getattr(layer, key).t(),
+                lambda layer, key=key: size(getattr(layer, key)),
+            )
     found = {
         key: (
             times_of(lambda run=run: [run(layer) for layer in layers]),
@@ -184,9 +208,10 @@ def kernels(name: str, batch: int) -> dict[str, tuple[Measurement, int]]:
         )
         for key, (run, bytes_of) in runs.items()
     }
-    head = model.lm_head.weight
-    seconds = times_of(lambda: model_step.logits_of(head, residual, 1e-5))
-    return found | {"head": (seconds, size(head))}
+    found["head"] = times_of(lambda: model_step.logits_of(head, residual, 1e-5)), size(head)
+    if not are_few:
+        found["head, PyTorch's product"] = times_of(lambda: residual.scaled @ head.t()), size(head)
+    return found
 
 
 def print_kernels(name: str, batches: list[int], bandwidth: float) -> list[dict[str, Any]]:
@@ -219,6 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="*", default=list(MODELS), help="prefixes of names")
     parser.add_argument("--batches", nargs="*", type=int, default=list(BATCHES))
+    parser.add_argument("--fewest", nargs="+", type=int, default=[None], metavar="ROWS")
     parser.add_argument("--kernels", metavar="MODEL", help="each kernel of this model instead")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--commit", help="where there is no git history, the commit")
@@ -230,7 +256,12 @@ def main() -> None:
         rows = print_kernels(options.kernels, options.batches, bandwidth)
     else:
         names = [name for name in MODELS if name.startswith(tuple(options.models))]
-        rows = [measure(name, batch, bandwidth) for batch in options.batches for name in names]
+        rows = [
+            measure(name, batch, bandwidth, fewest)
+            for batch in options.batches
+            for name in names
+            for fewest in options.fewest
+        ]
         print_steps(rows)
     if options.json is not None:
         merge(options.json, environment, rows, key="case")

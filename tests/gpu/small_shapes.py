@@ -23,10 +23,13 @@ def main(name: str) -> None:
 
 def decode() -> None:
     """Steps of a whole model, with kernels of our own for the products and without, and with odd sizes."""
-    for fields in ({"d_model": 72}, {"d_model": 17, "d_state": 5, "dt_rank": 3}):
-        model = MambaLanguageModel(MambaConfig(n_layer=2, vocab_size=301, **fields)).cuda()
-        for batch in (1, 3, 8, 9):
-            model.step(torch.arange(batch, device="cuda"), model.initial_state(batch))
+    odd = {"d_model": 17, "d_state": 5, "dt_rank": 3}
+    for fields in ({"d_model": 72}, odd, {"d_model": 136, "dt_rank": 8}):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            model = MambaLanguageModel(MambaConfig(n_layer=2, vocab_size=301, **fields))
+            model = model.to("cuda", dtype)
+            for batch in (1, 3, 8, 9, 33, 100):
+                model.step(torch.arange(batch, device="cuda"), model.initial_state(batch))
 
 
 def run_op(name: str) -> None:

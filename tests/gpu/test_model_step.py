@@ -15,13 +15,15 @@ from torch.nn.functional import linear
 from mambakit import ops
 from mambakit.models import MambaConfig, MambaLanguageModel, ModelState
 from mambakit.models.fused_step import fused_step
-from mambakit.ops.cuda import launch, model_step
+from mambakit.ops.cuda import launch, model_step, step_products
 from mambakit.ops.model_layer import Layer
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
+BATCHES = [1, 2, 3, 8, 9, 16, 33, 64, 100, 128]
+"""From 9 on, half precision goes to tensor cores where its rows start at 16 bytes."""
 SIZES = {
     "16 bytes": {"d_model": 72, "rank": 8},
     "8 bytes": {"d_model": 68, "rank": 4},
@@ -34,7 +36,7 @@ SIZES = {
 @pytest.fixture(params=[1, 5, 200], ids=lambda count: f"{count} multiprocessors")
 def multiprocessors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """What a product is laid out for: few fill with many rows a warp, many only with rows that warps share."""
-    monkeypatch.setattr(model_step, "multiprocessors", lambda _: request.param)
+    monkeypatch.setattr(step_products, "multiprocessors", lambda _: request.param)
     return request.param
 
 
@@ -118,7 +120,7 @@ def test_embedding(width: int, dtype: torch.dtype, index: torch.dtype) -> None:
     torch.testing.assert_close(squares.sum(1), stream.square().sum(1))
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_in_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: int) -> None:
@@ -140,15 +142,29 @@ def test_in_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: i
     assert_accurate_over(draws_for(sizes), draw)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_x_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: int) -> None:
     layer = make_layer(dtype, batch, **sizes)
     x = torch.randn(batch, 2 * sizes["d_model"], device=DEVICE).to(dtype)
-    found = model_step.x_proj(layer, x)
-    assert found.dtype == torch.float32
-    assert_accurate([found], [linear(x, layer.x_proj)], [linear(x.double(), layer.x_proj.double())])
+    exact = linear(x.double(), layer.x_proj.double())
+    for kept in {torch.float32, dtype}:
+        found = model_step.project(layer.x_proj, x, kept)
+        assert found.dtype == kept
+        assert_accurate([found], [linear(x, layer.x_proj)], [exact])
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_dt_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: int) -> None:
+    """Of the first columns of what x_proj gave."""
+    layer = make_layer(dtype, batch, **sizes)
+    low = torch.randn(batch, layer.x_proj.shape[0], device=DEVICE).to(dtype)[:, : sizes["rank"]]
+    found = model_step.project(layer.dt_proj, low, dtype)
+    exact = linear(low.double(), layer.dt_proj.double())
+    assert_accurate([found], [linear(low, layer.dt_proj)], [exact])
 
 
 @pytest.mark.parametrize("steering", ["float32", "dtype of x"])
@@ -204,7 +220,7 @@ def test_scan_after_the_projection_of_dt(sizes: dict, dtype: torch.dtype, batch:
     assert_accurate([y, layer.ssm_state], expected, exact)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_out_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: int) -> None:
@@ -231,7 +247,7 @@ def test_out_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: 
     assert_accurate_over(draws_for(sizes), draw)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("vocab", "d_model"), [(300, 72), (301, 17), (1001, 776)])
 def test_head(
@@ -256,6 +272,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "odd sizes": {"d_model": 17, "d_state": 5, "d_conv": 2, "dt_rank": 3, "expand": 3},
     "no taps before, one state": {"d_conv": 1, "d_state": 1, "dt_rank": 1},
     "many states": {"d_state": 128},
+    "tensor cores": {"d_model": 96, "dt_rank": 8},
     "wide": {"d_model": 768, "n_layer": 2},
     "s4d constant": {"A_init": "constant", "norm_epsilon": 1e-2},
 }
@@ -306,7 +323,7 @@ def in_double(
     return twin.double(), copy
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 8, 9, 40])
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 9, 40, 100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
 def test_a_step_is_as_accurate_as_the_modules(
@@ -350,10 +367,34 @@ def test_a_row_does_not_depend_on_the_others(
         assert all(map(torch.equal, numbers(others), numbers(state.select(rows))))
 
 
-@pytest.mark.parametrize("batch", [2, 11])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("most", [64, 128])
+def test_a_row_on_tensor_cores_does_not_depend_on_the_others(
+    most: int, dtype: torch.dtype, multiprocessors: int
+) -> None:
+    model = make_model(dtype, d_model=128, n_layer=2)
+    tokens, state = read(model, most)
+    parts = [
+        torch.arange(most // 2 + 1, device=DEVICE),
+        torch.arange(most - 1, -1, -1, device=DEVICE),
+    ]
+    if most == 64:
+        parts += [torch.arange(9, device=DEVICE), torch.arange(40, 60, device=DEVICE)]
+    else:
+        parts.append(torch.arange(50, 120, device=DEVICE))
+    alone = [state.select(rows) for rows in parts]
+    for t in range(2):
+        logits = fused(model, tokens[:, t], state)
+        for rows, others in zip(parts, alone, strict=True):
+            assert torch.equal(fused(model, tokens[rows, t], others), logits[rows])
+    for rows, others in zip(parts, alone, strict=True):
+        assert all(map(torch.equal, numbers(others), numbers(state.select(rows))))
+
+
+@pytest.mark.parametrize("batch", [2, 11, 70])
 def test_states_in_a_pool(batch: int) -> None:
     """The first rows of larger tensors move on, the others stay; the taps may lie in any order."""
-    model = make_model(torch.bfloat16)
+    model = make_model(torch.bfloat16, d_model=128)
     tokens, state = read(model, batch)
     pool = state.clone()
     for layer, own in zip(pool.layers, state.layers, strict=True):
@@ -369,9 +410,9 @@ def test_states_in_a_pool(batch: int) -> None:
         assert (found[batch:] == 1).all()
 
 
-@pytest.mark.parametrize("batch", [1, 8, 9])
+@pytest.mark.parametrize("batch", [1, 8, 9, 64, 129])
 def test_a_graph_of_a_step(batch: int) -> None:
-    model = make_model(torch.bfloat16)
+    model = make_model(torch.bfloat16, d_model=128)
     tokens, start = read(model, batch)
     state, expected = start.clone(), []
     for t in range(5):
@@ -389,10 +430,13 @@ def test_a_graph_of_a_step(batch: int) -> None:
     assert all(map(torch.equal, numbers(state), last))
 
 
-@pytest.mark.parametrize("d_model", [64, 1024])
-def test_overlapping_kernels_change_no_bit(d_model: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batch", [3, 20, 128])
+@pytest.mark.parametrize("d_model", [128, 1024])
+def test_overlapping_kernels_change_no_bit(
+    d_model: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(torch.bfloat16, d_model=d_model, n_layer=8)
-    tokens, start = read(model, 3)
+    tokens, start = read(model, batch)
 
     def steps() -> list[Tensor]:
         state, found = start.clone(), []

@@ -48,3 +48,9 @@ def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors the GPU has."""
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
+
+
+@functools.cache
+def has_clusters(device: torch.device) -> bool:
+    """Whether blocks of the GPU can read one another's shared memory."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)

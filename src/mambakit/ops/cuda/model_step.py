@@ -1,7 +1,9 @@
 """One decoding step of a whole model on a GPU: four kernels a layer, bound by the reading of the weights.
 
-Up to `MOST_ROWS` rows, kernels of our own read every weight once and do what is between the products at their ends.
-Each begins to read its weights while the one before still runs. For more rows the products are PyTorch's (cuBLAS).
+Kernels of our own read every weight once and do what is between the products at their ends. Each begins to read its
+weights while the one before still runs. For a few rows they multiply number by number, for up to 128 on tensor cores,
+and then dt has a product of its own. For more rows, and for what the tensor cores do not take, the products are
+PyTorch's (cuBLAS).
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from mambakit.ops.cuda.arrays import TYPES, Variants, lanes, multiprocessors
+from mambakit.ops.cuda.arrays import TYPES, Variants, lanes
 from mambakit.ops.cuda.causal_conv1d import causal_conv1d_step
 from mambakit.ops.cuda.compiler import kernel
-from mambakit.ops.cuda.products import MOST_ROWS, plan, tile_of
+from mambakit.ops.cuda.products import MOST_ROWS, tile_of
 from mambakit.ops.cuda.rms_norm import add_rms_norm, rms_norm
+from mambakit.ops.cuda.step_products import are_for_tensor_cores, product, scaled_dtype, types
+from mambakit.ops.cuda.step_products import variants as product_variants
 from mambakit.ops.model_layer import Layer
 
 THREADS = 128
@@ -76,8 +80,9 @@ def model_step(
 ) -> Tensor:
     """Logits, (B, V), of a token a sequence, (B,); the states move on.
 
-    All tensors are `suitable`. Up to `MOST_ROWS` rows, a row does not depend on the other rows of the batch, nor on how
-    many there are. A token that is none is an error of the device.
+    All tensors are `suitable`. With kernels of our own a row does not depend on the other rows of the batch, nor on how
+    many there are up to `MOST_ROWS`, from there to 64, and from there to 128. A token that is none is an error of the
+    device.
 
     Args:
         layers: First layer first.
@@ -88,15 +93,17 @@ def model_step(
         tokens: (B,), int32 or int64, on the same device.
     """
     norms = [*(layer.norm for layer in layers), norm_f]
-    if tokens.shape[0] == 0:
+    batch = tokens.shape[0]
+    if batch == 0:
         return head.new_empty(0, head.shape[0])
-    step = _few_rows if tokens.shape[0] <= MOST_ROWS else _many_rows
+    is_ours = batch <= MOST_ROWS or are_for_tensor_cores(layers[0], batch)
+    step = _with_own_products if is_ours else _with_library_products
     logits = step(tokens, embedding, layers, norms, head, eps)
     increment_version([*chain.from_iterable((la.conv_state, la.ssm_state) for la in layers)])
     return logits
 
 
-def _few_rows(
+def _with_own_products(
     tokens: Tensor,
     embedding: Tensor,
     layers: Sequence[Layer],
@@ -106,15 +113,20 @@ def _few_rows(
 ) -> Tensor:
     # The first kernel waits for all that was before the step; the others only for one another.
     residual = embed(tokens, embedding, norms[0])
+    are_few = tokens.shape[0] <= MOST_ROWS  # The scan projects dt itself.
     for layer, norm, epsilon in zip(layers, norms[1:], eps, strict=False):
         x, z = in_proj(layer, residual, epsilon, overlaps=True)
-        steering = x_proj(layer, x, overlaps=True)
-        y = scan(layer, x, z, steering, overlaps=True)
+        steering = project(layer.x_proj, x, torch.float32 if are_few else x.dtype, overlaps=True)
+        dt = None
+        if not are_few:
+            low = steering[:, : layer.dt_proj.shape[1]]
+            dt = project(layer.dt_proj, low, x.dtype, overlaps=True)
+        y = scan(layer, x, z, steering, dt, overlaps=True)
         residual = out_proj(layer, y, residual, norm, overlaps=True)
     return logits_of(head, residual, eps[-1], overlaps=True)
 
 
-def _many_rows(
+def _with_library_products(
     tokens: Tensor,
     embedding: Tensor,
     layers: Sequence[Layer],
@@ -147,7 +159,8 @@ def embed(tokens: Tensor, embedding: Tensor, norm: Tensor) -> Residual:
     residual = _residual(embedding, batch, width, parts=1)
     launch = kernel(
         "decode_embedding.cu", "decode_embedding", embedding.device,
-        **_types(embedding.dtype, _scaled(embedding.dtype)), TOKEN="int64" if tokens.dtype == torch.int64 else "int",
+        **types(embedding.dtype, scaled_dtype(embedding.dtype)),
+        TOKEN="int64" if tokens.dtype == torch.int64 else "int",
     )  # fmt: skip
     launch(batch, 256, tokens, embedding, vocab, norm, *residual, width)
     return residual
@@ -169,25 +182,36 @@ def in_proj(
     batch, width = scaled.shape
     channels = weight.shape[0] // 2
     x, z = weight.new_empty(2, batch, channels)
-    constants, grid, block = _product(weight, scaled)
+    by = product(weight, scaled)
     launch = kernel(
-        "decode_in_proj.cu", "decode_in_proj", weight.device, **constants, TAPS=layer.conv.shape[-1]
-    )
+        "decode_in_proj.cu", "decode_in_proj", weight.device, **by.constants,
+        TAPS=layer.conv.shape[-1],
+    )  # fmt: skip
     launch(
-        grid, block, weight, layer.conv, layer.conv_bias, scaled, residual.squares, residual.squares.shape[1], eps,
-        layer.conv_state, *layer.conv_state.stride(), x, z, batch, channels, width, overlaps=overlaps,
+        by.grid, by.block, weight, layer.conv, layer.conv_bias, scaled, residual.squares,
+        residual.squares.shape[1], eps, layer.conv_state, *layer.conv_state.stride(), x, z, batch, channels, width,
+        shared=by.shared, overlaps=overlaps,
     )  # fmt: skip
     return x, z
 
 
-def x_proj(layer: Layer, x: Tensor, *, overlaps: bool = False) -> Tensor:
-    """What steers the scan at x, (B, D): dt at low rank, B and C, (B, R + 2 N), float32; `overlaps` as in `in_proj`."""
-    weight = layer.x_proj
-    steering = torch.empty(x.shape[0], weight.shape[0], device=x.device)
-    constants, grid, block = _product(weight, x)
-    launch = kernel("decode_x_proj.cu", "decode_x_proj", x.device, **constants)
-    launch(grid, block, weight, x, steering, x.shape[0], *weight.shape, overlaps=overlaps)
-    return steering
+def project(weight: Tensor, x: Tensor, dtype: torch.dtype, *, overlaps: bool = False) -> Tensor:
+    """x W^T, (B, O): with x_proj what steers the scan, dt at low rank, B and C; with dt_proj dt.
+
+    Args:
+        weight: (O, K).
+        x: (B, K), with neighbouring numbers of a row side by side.
+        dtype: Of the result.
+        overlaps: As in `in_proj`.
+    """
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
+    by = product(weight, x)
+    launch = kernel("decode_linear.cu", "decode_linear", x.device, **by.constants, Y=TYPES[dtype])
+    launch(
+        by.grid, by.block, weight, x, x.stride(0), y, x.shape[0], *weight.shape,
+        shared=by.shared, overlaps=overlaps,
+    )  # fmt: skip
+    return y
 
 
 def scan(
@@ -236,13 +260,16 @@ def out_proj(
         overlaps: As in `in_proj`.
     """
     weight = layer.out_proj
-    constants, grid, block = _product(weight, y)
-    after = _residual(weight, y.shape[0], weight.shape[0], parts=grid[0], stream=residual.stream)
+    by = product(weight, y)
+    after = _residual(weight, y.shape[0], weight.shape[0], parts=by.parts, stream=residual.stream)
     launch = kernel(
-        "decode_out_proj.cu", "decode_out_proj", y.device, **constants,
+        "decode_out_proj.cu", "decode_out_proj", y.device, **by.constants,
         SCALED=TYPES[after.scaled.dtype],
     )  # fmt: skip
-    launch(grid, block, weight, norm, y, *after, y.shape[0], *weight.shape, overlaps=overlaps)
+    launch(
+        by.grid, by.block, weight, norm, y, *after, y.shape[0], *weight.shape,
+        shared=by.shared, overlaps=overlaps,
+    )  # fmt: skip
     return after
 
 
@@ -250,11 +277,11 @@ def logits_of(head: Tensor, residual: Residual, eps: float, *, overlaps: bool = 
     """Logits, (B, V), of the residual stream after the last layer; arguments as in `in_proj`."""
     batch, (vocab, width) = residual.scaled.shape[0], head.shape
     logits = head.new_empty(batch, vocab)
-    constants, grid, block = _product(head, residual.scaled)
-    launch = kernel("decode_head.cu", "decode_head", head.device, **constants)
+    by = product(head, residual.scaled)
+    launch = kernel("decode_head.cu", "decode_head", head.device, **by.constants)
     launch(
-        grid, block, head, residual.scaled, residual.squares, residual.squares.shape[1], eps, logits, batch, vocab,
-        width, overlaps=overlaps,
+        by.grid, by.block, head, residual.scaled, residual.squares, residual.squares.shape[1], eps, logits,
+        batch, vocab, width, shared=by.shared, overlaps=overlaps,
     )  # fmt: skip
     return logits
 
@@ -264,26 +291,8 @@ def _residual(
 ) -> Residual:
     if stream is None:
         stream = torch.empty(batch, width, device=like.device)
-    scaled = like.new_empty(batch, width, dtype=_scaled(like.dtype))
+    scaled = like.new_empty(batch, width, dtype=scaled_dtype(like.dtype))
     return Residual(stream, scaled, torch.empty(batch, parts, device=like.device))
-
-
-def _scaled(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.bfloat16 else torch.float32
-
-
-def _types(io: torch.dtype, x: torch.dtype) -> dict[str, int | str]:
-    return {"IO": TYPES[io], "X": TYPES[x]}
-
-
-def _product(weight: Tensor, x: Tensor) -> tuple[dict[str, int | str], tuple[int, int], int]:
-    """Constants, grid and threads of a block for a product with a few rows."""
-    batch, (rows, columns) = x.shape[0], weight.shape
-    along = lanes(16 // weight.element_size(), columns, weight, x)
-    layout = plan(rows, columns, along, multiprocessors(weight.device))
-    constants = {**_types(weight.dtype, x.dtype), "LANES": along, **layout.constants(batch)}
-    grid = layout.blocks(rows), -(-batch // tile_of(batch))
-    return constants, grid, 32 * int(constants["WARPS"])
 
 
 def _scan_constants(
@@ -295,7 +304,7 @@ def _scan_constants(
     spread = _spread(layer.ssm_state.shape[2], states)
     tile = PROJECTED_ROWS if is_projected else tile_of(batch)
     return {
-        **_types(weight.dtype, steering.dtype),
+        **types(weight.dtype, steering.dtype),
         **_scan_layout(states, spread, along, rank, tile),
         "PROJECTED": int(is_projected),
     }
@@ -332,7 +341,7 @@ def _states_fit(layer: Layer) -> bool:
 
 def variants() -> Variants:
     """The kernels of the released models' shapes on 132 multiprocessors, and of odd sizes."""
-    found: Variants = []
+    found = product_variants()
     for d_model, batch, io in (
         (768, 1, torch.bfloat16),
         (2048, 2, torch.bfloat16),
@@ -341,29 +350,16 @@ def variants() -> Variants:
         (768, 8, torch.float32),
         (17, 4, torch.bfloat16),
     ):
-        d_inner, rank, scaled = 2 * d_model, -(-d_model // 16), _scaled(io)
-        most = 16 // io.itemsize
-        products: dict[str, tuple[int, int, torch.dtype, dict[str, int | str]]] = {
-            "in_proj": (2 * d_inner, d_model, scaled, {"TAPS": 4}),
-            "x_proj": (rank + 32, d_inner, io, {}),
-            "out_proj": (d_model, d_inner, io, {"SCALED": TYPES[scaled]}),
-            "head": (50280, d_model, scaled, {}),
-        }
-        for name, (rows, columns, x, more) in products.items():
-            along = lanes(most, columns)
-            layout = plan(rows, columns, along, 132).constants(batch)
-            constants = {**_types(io, x), "LANES": along, **layout, **more}
-            found.append((f"decode_{name}.cu", f"decode_{name}", constants))
+        rank = -(-d_model // 16)
         states, spread = (4, 4) if d_model > 17 else (1, 8)
-        layout = _scan_layout(states, spread, lanes(most, rank), rank, batch)
-        projected = {**_scan_layout(states, spread, 1, rank, PROJECTED_ROWS), "PROJECTED": 1}
+        layout = _scan_layout(states, spread, lanes(16 // io.itemsize, rank), rank, batch)
+        unprojected = {**types(io, torch.float32), **layout, "PROJECTED": 0}
+        layout = _scan_layout(states, spread, 1, rank, PROJECTED_ROWS)
+        projected = {**types(io, io), **layout, "PROJECTED": 1}
+        embedding = {**types(io, scaled_dtype(io)), "TOKEN": "int64"}
         found += [
-            (
-                "decode_scan.cu",
-                "decode_scan",
-                {**_types(io, torch.float32), **layout, "PROJECTED": 0},
-            ),
-            ("decode_scan.cu", "decode_scan", {**_types(io, io), **projected}),
-            ("decode_embedding.cu", "decode_embedding", {**_types(io, scaled), "TOKEN": "int64"}),
+            ("decode_scan.cu", "decode_scan", unprojected),
+            ("decode_scan.cu", "decode_scan", projected),
+            ("decode_embedding.cu", "decode_embedding", embedding),
         ]
     return found

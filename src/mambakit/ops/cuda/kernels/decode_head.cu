@@ -1,18 +1,24 @@
-// logits = head(norm(residual)), (B, V). Constants as in matvec.cuh and decode_norm.cuh.
+// logits = head(norm(residual)), (B, V). Constants as in product.cuh and decode_norm.cuh.
 #include "decode_norm.cuh"
-#include "matvec.cuh"
+#include "product.cuh"
+
+struct Logit {
+  IO* to;
+  static constexpr bool HELD = false;
+
+  __device__ __forceinline__ void begin() {}
+  __device__ __forceinline__ void end(float value) { *to = from_float<IO>(value); }
+};
 
 // weight: (V, M). scaled: (B, M). squares: (B, parts).
-extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) decode_head(
+PRODUCT_KERNEL decode_head(
     const IO* __restrict__ weight, const X* scaled, const float* squares, int64 parts, float eps, IO* logits,
     int64 batch, int64 vocab, int64 width) {
-  const Place place(vocab, batch);
-  BlockWeights weights = weights_of(weight, place, vocab, width);
+  Product product(weight, vocab, width, batch);
   let_next_begin();
   await_previous();
+  product.read(scaled, width);
   __shared__ float scales[BATCH];
-  find_scales(scales, squares + place.first_batch * parts, parts, place.batch, width, eps);
-  const float sum = product(weights, place, scaled, width);
-  if (place.leads)
-    logits[place.batch_row * vocab + place.row] = from_float<IO>(sum * scales[place.batch_row - place.first_batch]);
+  find_scales<BATCH>(scales, squares + product.first_batch * parts, parts, product.batch, width, eps);
+  product.finish([&](int64 row, int64 b) { return Logit{logits + b * vocab + row}; }, scales);
 }

@@ -11,13 +11,20 @@ __device__ __forceinline__ float sum_of_all_lanes(float sum) {
   return sum;
 }
 
-// 1 / sqrt(mean + eps) of `batch` rows, whose squares are in `parts` parts; to shared memory, for after the next barrier.
+// 1 / sqrt(mean + eps) of `batch` rows of at most MOST, whose squares are in `parts` parts; to shared memory, for after the
+// next barrier. A warp takes a row, or eight of many.
+template <int MOST>
 __device__ __forceinline__ void find_scales(float* scales, const float* squares, int parts, int batch, int width, float eps) {
-  const int lane = threadIdx.x % 32;
-  for (int b = threadIdx.x / 32; b < batch; b += blockDim.x / 32) {
+  constexpr int LANES_A_ROW = MOST > 8 ? 4 : 32;
+  const int lane = threadIdx.x % LANES_A_ROW;
+  for (int first = 0; first < batch; first += blockDim.x / LANES_A_ROW) {
+    const int b = first + threadIdx.x / LANES_A_ROW;
     float sum = 0.0f;
-    for (int part = lane; part < parts; part += 32) sum += squares[b * parts + part];
-    sum = sum_of_all_lanes(sum);
-    if (lane == 0) scales[b] = 1.0f / sqrtf(sum / width + eps);
+    if (b < batch)
+#pragma unroll 4
+      for (int part = lane; part < parts; part += LANES_A_ROW) sum += squares[b * parts + part];
+#pragma unroll
+    for (int offset = LANES_A_ROW / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (lane == 0 && b < batch) scales[b] = 1.0f / sqrtf(sum / width + eps);
   }
 }

@@ -1,4 +1,4 @@
-// Products of a few rows with a matrix, in the time that it takes to read the matrix: sums[o][b] = sum_k W[o][k] x[b][k].
+// The product of `product.cuh` for a few rows of x, in the time that it takes to read the matrix.
 //
 // A warp has ROWS rows of W, and SPLIT warps share them along k. Each number of W is read once, past the first-level cache,
 // DEPTH accesses ahead, and meets BATCH rows of x, which stay in that cache.
@@ -98,14 +98,15 @@ constexpr int EACH = 32 / VALUES;      // lanes that have the same sum
 constexpr int GROUPS = WARPS / SPLIT;  // of a block, with ROWS rows of W each
 constexpr int BLOCKS = 16 / WARPS;     // whose registers fit into a multiprocessor together: 128 a thread
 
+#define PRODUCT_KERNEL extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+
 // The sum that a lane has in the end.
 struct Place {
   int group, piece;   // of this warp: which rows of the block, which part of k
   int64 first, row;   // the warp's first row of W, and this lane's
   int64 first_batch, batch_row;  // the block's first row of x, and this lane's
   int batch;          // rows of x that the block has
-  bool exists;        // whether there is such a sum
-  bool leads;         // whether this lane, of those that have the sum, is to write it
+  bool leads;         // whether the sum exists, and this lane, of those that have it, is to write it
 
   __device__ __forceinline__ Place(int64 rows, int64 all_batch) {
     const int warp = threadIdx.x / 32, value = threadIdx.x % 32 / EACH;
@@ -113,28 +114,70 @@ struct Place {
     first = ((int64)blockIdx.x * GROUPS + group) * ROWS, first_batch = (int64)blockIdx.y * BATCH;
     row = first + value / BATCH, batch_row = first_batch + value % BATCH;
     batch = (int)min((int64)BATCH, all_batch - first_batch);
-    exists = row < rows && batch_row < all_batch;
-    leads = exists && piece == 0 && threadIdx.x % EACH == 0;
+    leads = row < rows && batch_row < all_batch && piece == 0 && threadIdx.x % EACH == 0;
   }
 };
 
-typedef Weights<32 * SPLIT> BlockWeights;
+struct Product : Place {
+  Weights<32 * SPLIT> weights;
+  const X* x = nullptr;
+  int x_row = 0;
 
-__device__ __forceinline__ BlockWeights weights_of(const IO* weight, const Place& place, int64 rows, int columns) {
-  return BlockWeights(weight, place.first, rows, columns, threadIdx.x % (32 * SPLIT));
-}
+  __device__ __forceinline__ Product(const IO* matrix, int64 rows, int columns, int64 all_batch)
+      : Place(rows, all_batch), weights(matrix, first, rows, columns, threadIdx.x % (32 * SPLIT)) {}
 
-// This lane's sum; right in the first warp of each group. All threads of the block meet here.
-__device__ __forceinline__ float product(BlockWeights& weights, const Place& place, const X* x, int x_row) {
-  float sums[VALUES] = {};
-  weights.multiply(sums, x + place.first_batch * x_row, x_row, place.batch);
-  float sum = sum_over_warp(sums);
-  __shared__ float pieces[WARPS][VALUES];
-  if (SPLIT > 1 && threadIdx.x % EACH == 0) pieces[threadIdx.x / 32][threadIdx.x % 32 / EACH] = sum;
-  __syncthreads();
-  if (SPLIT > 1 && place.piece == 0)
+  __device__ __forceinline__ void read(const X* from, int stride) { x = from + first_batch * stride, x_row = stride; }
+
+  template <class Do> __device__ __forceinline__ void each(Do do_for) const {
+    if (leads) do_for(row, batch_row);
+  }
+
+  template <class Make> __device__ __forceinline__ void finish(Make make, const float* scales) {
+    auto end = make(row, batch_row);
+    const float sum = begin_and_multiply(end, scales);
+    if (leads) end.end(sum);
+  }
+
+  // As `finish`; and the sums of squares of what the ends return, of each row of x over the rows of W of the block: over
+  // the rows of a warp, then over the groups, pairs of neighbours, then pairs of these, and so on, so that it makes no
+  // difference how many rows a warp has.
+  template <class Make> __device__ __forceinline__ void finish(Make make, const float* scales, float* squares) {
+    auto end = make(row, batch_row);
+    const float sum = begin_and_multiply(end, scales), value = leads ? end.end(sum) : 0.0f;
+    float square = __fmul_rn(value, value);  // not to be joined with an addition for some ROWS only
 #pragma unroll
-    for (int piece = 1; piece < SPLIT; ++piece) sum += pieces[place.group * SPLIT + piece][threadIdx.x % 32 / EACH];
-  return sum;
-}
+    for (int offset = 32 / ROWS; offset < 32; offset *= 2) square += __shfl_xor_sync(0xffffffffu, square, offset);
+    __shared__ float groups[GROUPS][BATCH];
+    if (piece == 0 && threadIdx.x % 32 < 32 / ROWS && threadIdx.x % EACH == 0)
+      groups[group][threadIdx.x % 32 / EACH] = square;
+    __syncthreads();
+    if (threadIdx.x >= batch) return;
+    float sums[GROUPS];
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) sums[group] = groups[group][threadIdx.x];
+#pragma unroll
+    for (int half = GROUPS / 2; half > 0; half /= 2)
+#pragma unroll
+      for (int pair = 0; pair < half; ++pair) sums[pair] = sums[2 * pair] + sums[2 * pair + 1];
+    squares[(first_batch + threadIdx.x) * gridDim.x + blockIdx.x] = sums[0];
+  }
+
+ private:
+  // The sum of this lane, right if it leads.
+  template <class End> __device__ __forceinline__ float begin_and_multiply(End& end, const float* scales) {
+    if (end.HELD && leads) end.begin();
+    float sums[VALUES] = {};
+    weights.multiply(sums, x, x_row, batch);
+    float sum = sum_over_warp(sums);
+    __shared__ float pieces[WARPS][VALUES];
+    if (SPLIT > 1 && threadIdx.x % EACH == 0) pieces[threadIdx.x / 32][threadIdx.x % 32 / EACH] = sum;
+    __syncthreads();
+    if (!leads) return sum;
+    if (SPLIT > 1)
+#pragma unroll
+      for (int piece = 1; piece < SPLIT; ++piece) sum += pieces[group * SPLIT + piece][threadIdx.x % 32 / EACH];
+    if (!end.HELD) end.begin();
+    return scales == nullptr ? sum : sum * scales[batch_row - first_batch];
+  }
+};
 #endif

@@ -1,0 +1,42 @@
+// Tensor cores, and copies from memory to shared memory that need no registers on their way.
+#pragma once
+#include "numbers.cuh"
+
+// 16 bytes, or as many zeros.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool exists) {
+  const unsigned at = (unsigned)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(exists ? 16 : 0) : "memory");
+}
+
+// What this thread has begun to copy since the last call becomes one group.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// All groups of this thread have arrived but for the last `PENDING`.
+template <int PENDING> __device__ __forceinline__ void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Four matrices of 8 rows of 16 bytes. Lane 8 i + r says where row r of matrix i is, and gets word l % 4 of row l / 4 of each.
+__device__ __forceinline__ uint4 read_matrices(const char* row) {
+  uint4 words;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");
+  return words;
+}
+
+// sums (16 x 8) += A (16 x 16) B (16 x 8). With g = lane / 4 and t = lane % 4, a lane holds words of two neighbours along k: of
+// A those at (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4), of B at (t, g), (t + 4, g); and the sums at (g, 2t), (g, 2t + 1),
+// (g + 8, 2t), (g + 8, 2t + 1).
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&sums)[4], uint4 a, unsigned b0, unsigned b1);
+#define MULTIPLY_ADD(T, NAME)                                                                                        \
+  template <> __device__ __forceinline__ void multiply_add<T>(float (&sums)[4], uint4 a, unsigned b0, unsigned b1) {   \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 "                                                 \
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                              \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                                   \
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));                                                   \
+  }
+MULTIPLY_ADD(bfloat16, "bf16")
+MULTIPLY_ADD(float16, "f16")
+#undef MULTIPLY_ADD

@@ -1,0 +1,116 @@
+"""Which kernel multiplies: a question that needs no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambakit.ops.cuda import step_products, tensor_core_products
+from mambakit.ops.cuda.step_products import are_for_tensor_cores, product
+from mambakit.ops.model_layer import Layer
+
+FEWEST, MOST = tensor_core_products.FEWEST_ROWS, tensor_core_products.MOST_ROWS
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_products, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(step_products, "has_clusters", lambda _: True)
+
+
+def make(
+    batch: int, dtype: torch.dtype = torch.bfloat16, rows: int = 96, columns: int = 72
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(rows, columns, dtype=dtype), torch.zeros(batch, columns, dtype=dtype)
+
+
+def is_on_tensor_cores(weight: torch.Tensor, x: torch.Tensor) -> bool:
+    return "CLUSTER" in product(weight, x).constants
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("batch", [FEWEST, 64, MOST])
+def test_many_rows_in_half_precision(batch: int, dtype: torch.dtype) -> None:
+    assert is_on_tensor_cores(*make(batch, dtype))
+
+
+@pytest.mark.parametrize("batch", [1, FEWEST - 1, MOST + 1])
+def test_fewer_and_more_rows(batch: int) -> None:
+    assert not is_on_tensor_cores(*make(batch))
+
+
+def test_float32_keeps_its_precision() -> None:
+    assert not is_on_tensor_cores(*make(64, torch.float32))
+
+
+@pytest.mark.parametrize("columns", [17, 68])
+def test_rows_that_do_not_start_at_16_bytes(columns: int) -> None:
+    assert not is_on_tensor_cores(*make(64, columns=columns))
+
+
+def test_x_between_other_numbers() -> None:
+    weight, _ = make(64)
+    around = torch.zeros(64, 160, dtype=torch.bfloat16)
+    assert is_on_tensor_cores(weight, around[:, 8:80])
+    assert not is_on_tensor_cores(weight, around[:, 4:76])
+    assert not is_on_tensor_cores(weight, torch.zeros(64, 156, dtype=torch.bfloat16)[:, :72])
+
+
+def test_a_gpu_without_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_products, "has_clusters", lambda _: False)
+    assert not is_on_tensor_cores(*make(64))
+
+
+def test_x_of_float16_is_wide_before_it_is_scaled() -> None:
+    weight, _ = make(64, torch.float16)
+    found = product(weight, torch.zeros(64, 72))
+    assert (found.constants["IO"], found.constants["X"]) == ("float16", "float")
+    assert "CLUSTER" in found.constants
+
+
+def test_the_launch_on_tensor_cores() -> None:
+    found = product(*make(64, rows=8192, columns=2048))
+    tiles = tensor_core_products.plan(8192, 2048, 64, 2, 132)
+    assert (found.grid, found.parts, found.block) == ((tiles.blocks, 1), 32, 256)
+    assert found.shared == tensor_core_products.shared_memory(tiles.constants(64, 2), 2)
+
+
+def test_the_launch_number_by_number() -> None:
+    found = product(*make(20, torch.float32))
+    assert found.constants["BATCH"] == 8
+    assert found.grid == (found.parts, 3)
+    assert found.block == 32 * int(found.constants["WARPS"])
+    assert found.shared == 0
+
+
+def make_layer(rank: int, d_state: int = 16, dtype: torch.dtype = torch.bfloat16) -> Layer:
+    def half(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    return Layer(
+        norm=half(24),
+        in_proj=half(96, 24),
+        conv=half(48, 1, 4),
+        conv_bias=half(48),
+        x_proj=half(rank + 2 * d_state, 48),
+        dt_proj=half(48, rank),
+        dt_bias=torch.zeros(48),
+        A_log=torch.zeros(48, d_state),
+        D=torch.zeros(48),
+        out_proj=half(24, 48),
+        conv_state=half(64, 48, 3),
+        ssm_state=torch.zeros(64, 48, d_state),
+    )
+
+
+def test_a_layer_with_products_for_tensor_cores() -> None:
+    assert are_for_tensor_cores(make_layer(8), 64)
+    assert not are_for_tensor_cores(make_layer(8), FEWEST - 1)
+    assert not are_for_tensor_cores(make_layer(8), MOST + 1)
+    assert not are_for_tensor_cores(make_layer(8, dtype=torch.float32), 64)
+
+
+@pytest.mark.parametrize(("rank", "d_state"), [(2, 16), (8, 15)])
+def test_a_layer_whose_dt_does_not_start_at_16_bytes(rank: int, d_state: int) -> None:
+    """Of dt_proj, or of what x_proj gives, rows of R + 2 N numbers."""
+    assert not are_for_tensor_cores(make_layer(rank, d_state), 64)
