@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from mambakit import ops
 from mambakit.models import MambaConfig, MambaLanguageModel, ModelState
 from mambakit.models.fused_step import fused_step
-from mambakit.ops.cuda import launch, model_step, step_products
+from mambakit.ops.cuda import launch, model_step, step_products, tensor_core_products
 from mambakit.ops.model_layer import Layer
 
 pytestmark = pytest.mark.gpu
@@ -31,6 +31,11 @@ SIZES = {
     "one of each": {"d_model": 40, "rank": 1, "d_state": 1, "d_conv": 1},
     "several accesses": {"d_model": 776, "rank": 48, "d_state": 24},
 }
+
+
+@pytest.fixture(autouse=True)
+def _tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_core_products, "FEWEST_ROWS", 9)
 
 
 @pytest.fixture(params=[1, 5, 200], ids=lambda count: f"{count} multiprocessors")

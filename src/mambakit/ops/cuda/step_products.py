@@ -105,7 +105,7 @@ def variants() -> Variants:
         (768, 128, torch.float16),
     ):
         d_inner, rank, scaled = 2 * d_model, -(-d_model // 16), scaled_dtype(io)
-        launched = _by_numbers if batch < tensor_core_products.FEWEST_ROWS else _on_tensor_cores
+        launched = _by_numbers if batch <= products.MOST_ROWS else _on_tensor_cores
         kept = torch.float32 if launched is _by_numbers else io
         of_kernel: list[tuple[str, int, int, torch.dtype, dict[str, int | str]]] = [
             ("in_proj", 2 * d_inner, d_model, scaled, {"TAPS": 4}),

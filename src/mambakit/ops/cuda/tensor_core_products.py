@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-FEWEST_ROWS, MOST_ROWS = 9, 128
-"""Of x, for which these products are taken where they fit. With 4 instead of 9 they do what is now done number by
-number; with 129 none, and a step of many rows is again the library's."""
+FEWEST_ROWS, MOST_ROWS = 129, 128
+"""Of x, for which these products are taken where they fit. None, until they have run on a GPU: they were compared on a
+CPU alone (docs/lab-notes.md). With 9 they replace the library's, with 4 also what is done number by number."""
 
 NARROW = 64
 """Up to so many rows of x one warp has them all; of more, two have half each."""

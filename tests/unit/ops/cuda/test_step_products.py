@@ -9,11 +9,12 @@ from mambakit.ops.cuda import step_products, tensor_core_products
 from mambakit.ops.cuda.step_products import are_for_tensor_cores, product
 from mambakit.ops.model_layer import Layer
 
-FEWEST, MOST = tensor_core_products.FEWEST_ROWS, tensor_core_products.MOST_ROWS
+FEWEST, MOST = 9, tensor_core_products.MOST_ROWS
 
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_core_products, "FEWEST_ROWS", FEWEST)
     monkeypatch.setattr(step_products, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(step_products, "has_clusters", lambda _: True)
 
