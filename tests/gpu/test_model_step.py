@@ -354,6 +354,17 @@ def test_a_step_is_as_accurate_as_the_modules(
     assert_accurate_over(20 if fields.get("d_state") == 1 else 3, draw)
 
 
+@pytest.mark.parametrize("batch", [9, 40, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+def test_so_is_a_step_with_the_librarys_products(
+    fields: dict[str, Any], dtype: torch.dtype, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What many rows in half precision take while tensor cores of our own are off."""
+    monkeypatch.setattr(tensor_core_products, "FEWEST_ROWS", 129)
+    test_a_step_is_as_accurate_as_the_modules(fields, dtype, batch)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d_model", [64, 520])
 def test_a_row_does_not_depend_on_the_others(
