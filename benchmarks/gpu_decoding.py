@@ -214,7 +214,11 @@ def kernels(name: str, batch: int) -> dict[str, tuple[Measurement, int]]:
     return found
 
 
-def print_kernels(name: str, batches: list[int], bandwidth: float) -> list[dict[str, Any]]:
+def print_kernels(
+    name: str, batches: list[int], bandwidth: float, fewest: int | None
+) -> list[dict[str, Any]]:
+    if fewest is not None:
+        tensor_core_products.FEWEST_ROWS = fewest
     rows, table = [], []
     for batch in batches:
         for kernel, (seconds, moved) in kernels(name, batch).items():
@@ -253,7 +257,7 @@ def main() -> None:
     environment = gpu_environment(options.commit)
     bandwidth = 1e9 * environment["copy_gb_per_s"]
     if options.kernels:
-        rows = print_kernels(options.kernels, options.batches, bandwidth)
+        rows = print_kernels(options.kernels, options.batches, bandwidth, options.fewest[0])
     else:
         names = [name for name in MODELS if name.startswith(tuple(options.models))]
         rows = [

@@ -15,7 +15,7 @@ from torch import Tensor
 from mambakit.errors import BackendError
 
 DEFAULT_SHARED = 48 * 1024
-"""Bytes of shared memory that a block gets without asking."""
+"""Bytes of shared memory that a block gets without asking, those that the kernel declares included."""
 
 _thread = threading.local()
 
@@ -24,11 +24,15 @@ class Kernel:
     """A kernel on one device. Calling it launches it on the stream that is current there, and returns at once."""
 
     def __init__(self, function: Any, name: str, index: int) -> None:
+        from cuda.bindings import driver
         from cuda.core import launch
 
-        self._function, self._launch = function, launch
-        self._index, self._shared = index, DEFAULT_SHARED
-        self.name = name
+        self._function, self._launch, self._index, self.name = function, launch, index, name
+        self._handle, self._device = driver.CUkernel(int(function.handle)), driver.CUdevice(index)
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+        status, declared = driver.cuKernelGetAttribute(attribute, self._handle, self._device)
+        assert int(status) == 0, status
+        self._shared = DEFAULT_SHARED - declared
 
     def __call__(
         self,
@@ -66,10 +70,7 @@ class Kernel:
         from cuda.bindings import driver
 
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        handle = driver.CUkernel(int(self._function.handle))
-        (status,) = driver.cuKernelSetAttribute(
-            attribute, shared, handle, driver.CUdevice(self._index)
-        )
+        (status,) = driver.cuKernelSetAttribute(attribute, shared, self._handle, self._device)
         assert int(status) == 0, f"{self.name}: {shared} bytes of shared memory: {status}"
         self._shared = shared
 
