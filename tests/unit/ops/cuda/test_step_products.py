@@ -26,7 +26,7 @@ def make(
 
 
 def is_on_tensor_cores(weight: torch.Tensor, x: torch.Tensor) -> bool:
-    return "CLUSTER" in product(weight, x).constants
+    return "CLUSTER" in product(weight, x, 1).constants
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -64,20 +64,20 @@ def test_a_gpu_without_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_x_of_float16_is_wide_before_it_is_scaled() -> None:
     weight, _ = make(64, torch.float16)
-    found = product(weight, torch.zeros(64, 72))
+    found = product(weight, torch.zeros(64, 72), 1)
     assert (found.constants["IO"], found.constants["X"]) == ("float16", "float")
     assert "CLUSTER" in found.constants
 
 
 def test_the_launch_on_tensor_cores() -> None:
-    found = product(*make(64, rows=8192, columns=2048))
+    found = product(*make(64, rows=8192, columns=2048), 4)
     tiles = tensor_core_products.plan(8192, 2048, 64, 2, 132)
     assert (found.grid, found.parts, found.block) == ((tiles.blocks, 1), 32, 256)
     assert found.shared == tensor_core_products.shared_memory(tiles.constants(64, 2), 2)
 
 
 def test_the_launch_number_by_number() -> None:
-    found = product(*make(20, torch.float32))
+    found = product(*make(20, torch.float32), 1)
     assert found.constants["BATCH"] == 8
     assert found.grid == (found.parts, 3)
     assert found.block == 32 * int(found.constants["WARPS"])

@@ -13,6 +13,7 @@
 //
 // IO: type of W, two bytes. X: type of x; float is scaled and rounded to IO before the product. BATCH: a multiple of
 // 8 WARPS_N and of CLUSTER, not less than the rows of x. STEPS: a multiple of WARPS_K. W and the rows of x start at 16 bytes.
+// NEIGHBOURS: rows of W that an end takes, 1, 2 or 4, a divisor of their number.
 #pragma once
 #include "clusters.cuh"
 #include "decode_norm.cuh"
@@ -27,7 +28,8 @@ constexpr int N_TILES = BATCH / WARPS_N / 8;      // eights of rows of x of a wa
 constexpr int W_BYTES = STEPS * TILE * PIECE * sizeof(IO), X_BYTES = STEPS * BATCH * PIECE * sizeof(X);
 constexpr int SUMS_ROW = TILE + 4;                // so that a warp's sums of a tile fall into different banks
 constexpr int SHARE = BATCH / CLUSTER;            // rows of x that a block ends
-constexpr int AT_ONCE = 4;                        // ends of a thread whose reads are under way together
+constexpr int WIDTH = TILE / NEIGHBOURS;          // ends of a row of x
+constexpr int AT_ONCE = 8 / NEIGHBOURS;           // ends of a thread whose reads are under way together
 constexpr bool SCALES_FIRST = sizeof(X) == 4;
 
 #define PRODUCT_KERNEL \
@@ -71,10 +73,12 @@ struct Product {
     }
   }
 
-  // Calls do_for(row, b) for every sum that this thread is going to end.
+  // Calls do_for(row, b) for every end of this thread.
   template <class Do> __device__ __forceinline__ void each(Do do_for) const {
-    for (int place = threadIdx.x; place < SHARE * TILE; place += THREADS)
-      if (exists(place)) do_for(first + place % TILE, (int64)(rank * SHARE + place / TILE));
+    for (int place = threadIdx.x; place < SHARE * WIDTH; place += THREADS) {
+      const Place at(*this, place);
+      if (at.exists) do_for(first + at.m, (int64)at.b);
+    }
   }
 
   template <class Make> __device__ __forceinline__ void finish(Make make, const float* scales) {
@@ -83,7 +87,7 @@ struct Product {
     leave();
   }
 
-  // As `finish`; and the sums of squares of what the ends return, of each row of x over the rows of W of the block.
+  // As `finish`; and the sums of squares of what the ends make of the sums, of each row of x over the rows of W of the block.
   template <class Make> __device__ __forceinline__ void finish(Make make, const float* scales, float* squares) {
     multiply(scales);
     end_all<true>(make, scales);
@@ -101,9 +105,18 @@ struct Product {
  private:
   int warp, w_row, x_row = 0;
 
-  __device__ __forceinline__ bool exists(int place) const {
-    return place < SHARE * TILE && place % TILE < rows && rank * SHARE + place / TILE < batch;
-  }
+  // The row of W in the block and the row of x of an end. One that does not exist has those of one that does, so that
+  // nothing has to be asked before it is read.
+  struct Place {
+    int m, b;
+    bool exists;
+
+    __device__ __forceinline__ Place(const Product& of, int place) {
+      m = place % WIDTH * NEIGHBOURS, b = of.rank * SHARE + place / WIDTH;
+      exists = place < SHARE * WIDTH && m < of.rows && b < of.batch;
+      if (!exists) m = b = 0;
+    }
+  };
 
   __device__ __forceinline__ static float& sums_at(int n, int m) {
     return reinterpret_cast<float*>(shared_memory())[n * SUMS_ROW + m];
@@ -235,29 +248,42 @@ struct Product {
 
   // The sums of the cluster, for SHARE rows of x; their squares, if wanted, take the place of the sums of this block.
   template <bool SQUARES, class Make> __device__ __forceinline__ void end_all(Make make, const float* scales) const {
-    for (int start = threadIdx.x; start < SHARE * TILE; start += AT_ONCE * THREADS) {
+    for (int start = threadIdx.x; start < SHARE * WIDTH; start += AT_ONCE * THREADS) {
       decltype(make(0, 0)) ends[AT_ONCE];
-      float sums[AT_ONCE];
+      Vector<float, NEIGHBOURS> parts[AT_ONCE][CLUSTER];
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
-        const int place = start + i * THREADS, m = place % TILE, b = rank * SHARE + place / TILE;
-        if (!exists(place)) continue;
-        ends[i] = make(first + m, (int64)b);
+        const Place at(*this, start + i * THREADS);
+        ends[i] = make(first + at.m, (int64)at.b);
         ends[i].begin();
-        float sum = CLUSTER > 1 ? read_of_block(&sums_at(b, m), 0) : sums_at(b, m);
-#pragma unroll
-        for (int block = 1; block < CLUSTER; ++block) sum += read_of_block(&sums_at(b, m), block);
-        sums[i] = scales == nullptr || SCALES_FIRST ? sum : sum * scales[b];
       }
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
-        const int place = start + i * THREADS;
-        if (!exists(place)) continue;
+        const Place at(*this, start + i * THREADS);
+#pragma unroll
+        for (int block = 0; block < CLUSTER; ++block) {
+          const float* own = &sums_at(at.b, at.exists ? at.m : TILE);  // beside the sums, where nobody writes
+          parts[i][block] = CLUSTER > 1 ? read_of_block<NEIGHBOURS>(own, block) : ::read<NEIGHBOURS>(own);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const Place at(*this, start + i * THREADS);
+        const float scale = scales == nullptr || SCALES_FIRST ? 1.0f : scales[at.b];
+        float sums[NEIGHBOURS];
+#pragma unroll
+        for (int j = 0; j < NEIGHBOURS; ++j) {
+          sums[j] = parts[i][0].items[j];
+#pragma unroll
+          for (int block = 1; block < CLUSTER; ++block) sums[j] += parts[i][block].items[j];
+          sums[j] *= scale;
+        }
+        if (!at.exists) continue;
+        ends[i].end(sums);
         if constexpr (SQUARES) {
-          const float value = ends[i].end(sums[i]);
-          sums_at(rank * SHARE + place / TILE, place % TILE) = value * value;
-        } else {
-          ends[i].end(sums[i]);
+#pragma unroll
+          for (int j = 0; j < NEIGHBOURS; ++j) sums[j] *= sums[j];
+          write(&sums_at(at.b, at.m), sums);
         }
       }
     }
