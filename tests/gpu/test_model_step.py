@@ -38,11 +38,18 @@ def _tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_core_products, "FEWEST_ROWS", 9)
 
 
-@pytest.fixture(params=[1, 5, 200], ids=lambda count: f"{count} multiprocessors")
-def multiprocessors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """What a product is laid out for: few fill with many rows a warp, many only with rows that warps share."""
-    monkeypatch.setattr(step_products, "multiprocessors", lambda _: request.param)
-    return request.param
+LAYOUTS = {f"{count} multiprocessors": {"multiprocessors": count} for count in (1, 5, 200)}
+LAYOUTS |= {
+    f"{name}, warps": {**layout, "has_warpgroups": False} for name, layout in LAYOUTS.items()
+}
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a product is laid out for: few multiprocessors fill with many rows a warp, many only with rows that warps
+    share; and warps that multiply together, where there are any, or each by itself."""
+    for name, value in request.param.items():
+        monkeypatch.setattr(step_products, name, lambda _, value=value: value)
 
 
 def make_layer(
@@ -128,7 +135,7 @@ def test_embedding(width: int, dtype: torch.dtype, index: torch.dtype) -> None:
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_in_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: int) -> None:
+def test_in_proj(sizes: dict, dtype: torch.dtype, batch: int, layout: None) -> None:
     def reference(layer: Layer, stream: Tensor) -> list[Tensor]:
         normed = ops.rms_norm(stream, layer.norm, EPS, backend="reference")
         x, z = linear(normed.to(layer.in_proj.dtype), layer.in_proj).chunk(2, dim=-1)
@@ -150,7 +157,7 @@ def test_in_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: i
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_x_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: int) -> None:
+def test_x_proj(sizes: dict, dtype: torch.dtype, batch: int, layout: None) -> None:
     layer = make_layer(dtype, batch, **sizes)
     x = torch.randn(batch, 2 * sizes["d_model"], device=DEVICE).to(dtype)
     exact = linear(x.double(), layer.x_proj.double())
@@ -163,7 +170,7 @@ def test_x_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: in
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_dt_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: int) -> None:
+def test_dt_proj(sizes: dict, dtype: torch.dtype, batch: int, layout: None) -> None:
     """Of the first columns of what x_proj gave."""
     layer = make_layer(dtype, batch, **sizes)
     low = torch.randn(batch, layer.x_proj.shape[0], device=DEVICE).to(dtype)[:, : sizes["rank"]]
@@ -228,7 +235,7 @@ def test_scan_after_the_projection_of_dt(sizes: dict, dtype: torch.dtype, batch:
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_out_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: int) -> None:
+def test_out_proj(sizes: dict, dtype: torch.dtype, batch: int, layout: None) -> None:
     def reference(layer: Layer, y: Tensor, stream: Tensor, norm: Tensor) -> list[Tensor]:
         normed, total = ops.add_rms_norm(
             linear(y, layer.out_proj), stream, norm, EPS, backend="reference"
@@ -256,7 +263,7 @@ def test_out_proj(sizes: dict, dtype: torch.dtype, batch: int, multiprocessors: 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("vocab", "d_model"), [(300, 72), (301, 17), (1001, 776)])
 def test_head(
-    vocab: int, d_model: int, dtype: torch.dtype, batch: int, multiprocessors: int
+    vocab: int, d_model: int, dtype: torch.dtype, batch: int, layout: None
 ) -> None:
     layer = make_layer(dtype, batch, d_model=d_model, rank=1)
     residual = make_residual(layer, batch, dtype)
@@ -368,7 +375,7 @@ def test_so_is_a_step_with_the_librarys_products(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d_model", [64, 520])
 def test_a_row_does_not_depend_on_the_others(
-    d_model: int, dtype: torch.dtype, multiprocessors: int
+    d_model: int, dtype: torch.dtype, layout: None
 ) -> None:
     model = make_model(dtype, d_model=d_model, n_layer=2)
     tokens, state = read(model, 8)
@@ -386,7 +393,7 @@ def test_a_row_does_not_depend_on_the_others(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("most", [64, 128])
 def test_a_row_on_tensor_cores_does_not_depend_on_the_others(
-    most: int, dtype: torch.dtype, multiprocessors: int
+    most: int, dtype: torch.dtype, layout: None
 ) -> None:
     model = make_model(dtype, d_model=128, n_layer=2)
     tokens, state = read(model, most)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from mambakit.ops.cuda import products, tensor_core_products
-from mambakit.ops.cuda.arrays import TYPES, Variants, has_clusters, lanes, multiprocessors
+from mambakit.ops.cuda.arrays import (
+    TYPES,
+    Variants,
+    has_clusters,
+    has_warpgroups,
+    lanes,
+    multiprocessors,
+)
 from mambakit.ops.model_layer import Layer
 
 
@@ -42,7 +49,8 @@ def product(weight: Tensor, x: Tensor, neighbours: int) -> Product:
     along = lanes(16 // weight.element_size(), weight.shape[1], weight, x)
     count = multiprocessors(weight.device)
     if _are_for_tensor_cores(x.shape[0], weight, along):
-        return _on_tensor_cores(weight.shape, x, weight.dtype, neighbours, count)
+        together = has_warpgroups(weight.device)
+        return _on_tensor_cores(weight.shape, x, weight.dtype, neighbours, count, together)
     return _by_numbers(weight.shape, x, weight.dtype, along, count)
 
 
@@ -59,17 +67,18 @@ def _are_for_tensor_cores(batch: int, weight: Tensor, along: int) -> bool:
 
 
 def _on_tensor_cores(
-    shape: torch.Size, x: Tensor, dtype: torch.dtype, neighbours: int, count: int
+    shape: torch.Size, x: Tensor, dtype: torch.dtype, neighbours: int, count: int, together: bool
 ) -> Product:
-    rows, columns = shape
-    x_bytes = x.element_size()
-    tiles = tensor_core_products.plan(rows, columns, x.shape[0], x_bytes, count)
-    constants = tiles.constants(x.shape[0], x_bytes)
+    (rows, columns), batch, x_bytes = shape, x.shape[0], x.element_size()
+    tiles = tensor_core_products.plan(
+        rows, columns, batch, x_bytes, count, has_warpgroups=together
+    )
+    constants = tiles.constants(batch, x_bytes)
     return Product(
         {**types(dtype, x.dtype), **constants, "NEIGHBOURS": neighbours},
         (tiles.blocks, 1),
-        32 * constants["WARPS_M"] * constants["WARPS_N"] * constants["WARPS_K"],
-        tensor_core_products.shared_memory(constants, x_bytes),
+        tiles.threads(batch),
+        tiles.shared_memory(batch, x_bytes),
         tiles.parts,
     )
 
@@ -130,8 +139,14 @@ def variants() -> Variants:
         for name, rows, columns, x_dtype, more in of_kernel:
             shape, x = torch.Size((rows, columns)), torch.empty(batch, 0, dtype=x_dtype)
             if are_few:
-                launched = _by_numbers(shape, x, io, lanes(16 // io.itemsize, columns), 132)
+                along = lanes(16 // io.itemsize, columns)
+                of_shape = [_by_numbers(shape, x, io, along, 132)]
             else:
-                launched = _on_tensor_cores(shape, x, io, lanes(NEIGHBOURS, rows), 132)
-            found.append((f"decode_{name}.cu", f"decode_{name}", {**launched.constants, **more}))
+                of_shape = [
+                    _on_tensor_cores(shape, x, io, lanes(NEIGHBOURS, rows), 132, together)
+                    for together in (False, True)
+                ]
+            for launched in of_shape:
+                constants = {**launched.constants, **more}
+                found.append((f"decode_{name}.cu", f"decode_{name}", constants))
     return found

@@ -17,6 +17,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_core_products, "FEWEST_ROWS", FEWEST)
     monkeypatch.setattr(step_products, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(step_products, "has_clusters", lambda _: True)
+    monkeypatch.setattr(step_products, "has_warpgroups", lambda _: True)
 
 
 def make(
@@ -69,11 +70,15 @@ def test_x_of_float16_is_wide_before_it_is_scaled() -> None:
     assert "CLUSTER" in found.constants
 
 
-def test_the_launch_on_tensor_cores() -> None:
+@pytest.mark.parametrize(("has_warpgroups", "threads"), [(False, 256), (True, 256)])
+def test_the_launch_on_tensor_cores(
+    has_warpgroups: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_products, "has_warpgroups", lambda _: has_warpgroups)
     found = product(*make(64, rows=8192, columns=2048), 4)
-    tiles = tensor_core_products.plan(8192, 2048, 64, 2, 132)
-    assert (found.grid, found.parts, found.block) == ((tiles.blocks, 1), 32, 256)
-    assert found.shared == tensor_core_products.shared_memory(tiles.constants(64, 2), 2)
+    tiles = tensor_core_products.plan(8192, 2048, 64, 2, 132, has_warpgroups=has_warpgroups)
+    assert (found.grid, found.parts, found.block) == ((tiles.blocks, 1), 32, threads)
+    assert found.shared == tiles.shared_memory(64, 2)
 
 
 def test_the_launch_number_by_number() -> None:

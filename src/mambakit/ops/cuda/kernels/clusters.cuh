@@ -9,8 +9,12 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return rank;
 }
 
-// A barrier in two halves: what was written before the first, by any thread of the cluster, is there after the second.
+// A barrier in two halves: what was written before the first, by any thread of the cluster, is there after the second. One
+// that has nothing written need not wait for what is on its way.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive_unwritten() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // What the block of that rank has where this one has `own`. To be read between two barriers of the cluster; several reads

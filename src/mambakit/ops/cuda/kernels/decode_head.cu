@@ -19,6 +19,8 @@ PRODUCT_KERNEL decode_head(
   await_previous();
   product.read(scaled, width);
   __shared__ float scales[BATCH];
-  find_scales<BATCH>(scales, squares + product.first_batch * parts, parts, product.batch, width, eps);
-  product.finish([&](int64 row, int64 b) { return Logits{logits + b * vocab + row}; }, scales);
+  const auto find = [&] {
+    find_scales<BATCH>(scales, squares + product.first_batch * parts, parts, product.batch, width, eps);
+  };
+  product.finish([&](int64 row, int64 b) { return Logits{logits + b * vocab + row}; }, scales, find);
 }

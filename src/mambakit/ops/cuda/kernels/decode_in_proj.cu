@@ -85,6 +85,8 @@ PRODUCT_KERNEL decode_in_proj(
   product.read(scaled, width);
 
   __shared__ float scales[BATCH];
-  find_scales<BATCH>(scales, squares + product.first_batch * parts, parts, product.batch, width, eps);
-  product.finish(channel, scales);
+  const auto find = [&] {
+    find_scales<BATCH>(scales, squares + product.first_batch * parts, parts, product.batch, width, eps);
+  };
+  product.finish(channel, scales, find);
 }

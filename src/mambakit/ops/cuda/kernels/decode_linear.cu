@@ -16,5 +16,5 @@ PRODUCT_KERNEL decode_linear(
   let_next_begin();
   await_previous();
   product.read(x, x_row);
-  product.finish([&](int64 row, int64 b) { return Values{y + b * rows + row}; }, nullptr);
+  product.finish([&](int64 row, int64 b) { return Values{y + b * rows + row}; }, nullptr, [] {});
 }

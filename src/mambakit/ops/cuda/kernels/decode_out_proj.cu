@@ -30,7 +30,7 @@ PRODUCT_KERNEL decode_out_proj(
   let_next_begin();
   await_previous();
   product.read(y, columns);
-  product.finish(
+  product.finish_with_squares(
       [&](int64 row, int64 b) { return Addition{residual + b * width + row, scaled + b * width + row, norm + row}; },
-      nullptr, squares);
+      squares);
 }

@@ -133,7 +133,9 @@ struct Product : Place {
     if (leads) do_for(row, batch_row);
   }
 
-  template <class Make> __device__ __forceinline__ void finish(Make make, const float* scales) {
+  template <class Make, class Find>
+  __device__ __forceinline__ void finish(Make make, const float* scales, Find find) {
+    find();
     auto end = make(row, batch_row);
     float sum[] = {begin_and_multiply(end, scales)};
     if (leads) end.end(sum);
@@ -142,9 +144,9 @@ struct Product : Place {
   // As `finish`; and the sums of squares of what the ends make of the sums, of each row of x over the rows of W of the block: over
   // the rows of a warp, then over the groups, pairs of neighbours, then pairs of these, and so on, so that it makes no
   // difference how many rows a warp has.
-  template <class Make> __device__ __forceinline__ void finish(Make make, const float* scales, float* squares) {
+  template <class Make> __device__ __forceinline__ void finish_with_squares(Make make, float* squares) {
     auto end = make(row, batch_row);
-    float value[] = {begin_and_multiply(end, scales)};
+    float value[] = {begin_and_multiply(end, nullptr)};
     if (leads) end.end(value);
     float square = leads ? __fmul_rn(value[0], value[0]) : 0.0f;  // not to be joined with an addition for some ROWS only
 #pragma unroll
