@@ -1,7 +1,7 @@
 """One decoding step of a whole model on a GPU: four kernels a layer, bound by the reading of the weights.
 
 Kernels of our own read every weight once and do what is between the products at their ends. Each begins to read its
-weights while the one before still runs. For a few rows they multiply number by number, for up to 128 on tensor cores,
+weights while the one before still runs. For a few rows they multiply number by number, for up to 64 on tensor cores,
 and then dt has a product of its own. For more rows, and for what the tensor cores do not take, the products are
 PyTorch's (cuBLAS).
 """
@@ -87,8 +87,8 @@ def model_step(
     """Logits, (B, V), of a token a sequence, (B,); the states move on.
 
     All tensors are `suitable`. With kernels of our own a row does not depend on the other rows of the batch, nor on how
-    many there are up to `MOST_ROWS`, from there to 64, and from there to 128. A token that is none is an error of the
-    device.
+    many there are, as long as the same kernels multiply: for few rows, or for those of `tensor_core_products`. A token
+    that is none is an error of the device.
 
     Args:
         layers: First layer first.
@@ -119,7 +119,7 @@ def _with_own_products(
 ) -> Tensor:
     # The first kernel waits for all that was before the step; the others only for one another.
     residual = embed(tokens, embedding, norms[0])
-    are_few = tokens.shape[0] <= MOST_ROWS  # The scan projects dt itself.
+    are_few = not are_for_tensor_cores(layers[0], tokens.shape[0])  # The scan projects dt itself.
     for layer, norm, epsilon in zip(layers, norms[1:], eps, strict=False):
         x, z = in_proj(layer, residual, epsilon, overlaps=True)
         steering = project(layer.x_proj, x, torch.float32 if are_few else x.dtype, overlaps=True)

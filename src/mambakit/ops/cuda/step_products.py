@@ -19,7 +19,6 @@ from mambakit.ops.cuda.arrays import (
 )
 from mambakit.ops.model_layer import Layer
 
-
 NEIGHBOURS = 4
 """Rows of the matrix whose results a thread reads and writes together, at most."""
 
@@ -70,14 +69,12 @@ def _on_tensor_cores(
     shape: torch.Size, x: Tensor, dtype: torch.dtype, neighbours: int, count: int, together: bool
 ) -> Product:
     (rows, columns), batch, x_bytes = shape, x.shape[0], x.element_size()
-    tiles = tensor_core_products.plan(
-        rows, columns, batch, x_bytes, count, has_warpgroups=together
-    )
+    tiles = tensor_core_products.plan(rows, columns, x_bytes, count, has_warpgroups=together)
     constants = tiles.constants(batch, x_bytes)
     return Product(
         {**types(dtype, x.dtype), **constants, "NEIGHBOURS": neighbours},
         (tiles.blocks, 1),
-        tiles.threads(batch),
+        tiles.threads,
         tiles.shared_memory(batch, x_bytes),
         tiles.parts,
     )
@@ -120,11 +117,9 @@ def variants() -> Variants:
         (768, 8, torch.float32),
         (17, 4, torch.bfloat16),
         (2048, 64, torch.bfloat16),
-        (2560, 128, torch.bfloat16),
         (768, 16, torch.bfloat16),
         (1536, 32, torch.float16),
         (2560, 64, torch.float16),
-        (768, 128, torch.float16),
     ):
         d_inner, rank, scaled = 2 * d_model, -(-d_model // 16), scaled_dtype(io)
         are_few = batch <= products.MOST_ROWS

@@ -1,4 +1,4 @@
-"""How a product of up to 128 rows with a matrix is laid out on tensor cores; see `kernels/matmul.cuh`."""
+"""How a product of up to 64 rows with a matrix is laid out on tensor cores; see `kernels/matmul.cuh`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-FEWEST_ROWS, MOST_ROWS = 5, 128
+FEWEST_ROWS, MOST_ROWS = 5, 64
 """Of x, for which these products are taken where they fit: what they are faster for (docs/lab-notes.md)."""
-
-NARROW = 64
-"""Up to so many rows of x one warp has them all; of more, two have half each."""
 
 PIECE = 32
 """Numbers along k that are multiplied together, and rows of the matrix that a warp has."""
@@ -61,11 +58,12 @@ class Tiles(NamedTuple):
         """Of all clusters."""
         return self.parts * self.cluster
 
-    def threads(self, batch: int) -> int:
+    @property
+    def threads(self) -> int:
         """Of a block."""
         if self.warpgroups:
             return 128 * self.warpgroups
-        return 32 * self.height * self.split * _width(tile_of(batch))
+        return 32 * self.height * self.split
 
     def constants(self, batch: int, x_bytes: int) -> dict[str, int]:
         """As the kernels read them.
@@ -79,16 +77,13 @@ class Tiles(NamedTuple):
         steps = self.split
         if self.warpgroups and 6 * piece <= SHARED:
             steps = 2
-        own: dict[str, int] = {"WARPGROUPS": self.warpgroups}
-        if not self.warpgroups:
-            own = {"WARPS_N": _width(tile), "WARPS_K": self.split}
         return {
             "TILE": PIECE * self.height,
             "CLUSTER": self.cluster,
             "BATCH": tile,
             "STEPS": steps,
             "STAGES": max(2, min(SHARED // (steps * piece), -(-self.pieces // steps) + 1)),
-            **own,
+            **({"WARPGROUPS": self.warpgroups} if self.warpgroups else {"WARPS_K": self.split}),
         }
 
     def shared_memory(self, batch: int, x_bytes: int) -> int:
@@ -99,19 +94,19 @@ class Tiles(NamedTuple):
         return ALIGNED + max(constants["STAGES"] * stage, _sums(self.height, tile), of_warps)
 
     def _x_rows(self, tile: int) -> int:
-        return max(tile, 64) if self.warpgroups else tile
+        return MOST_ROWS if self.warpgroups else tile
 
 
 def tile_of(batch: int) -> int:
-    """Rows of x for which a block has room: 8, 16, 32, 64 or 128."""
+    """Rows of x for which a block has room: 8, 16, 32 or 64."""
     return max(8, 1 << (batch - 1).bit_length())
 
 
 @functools.cache
 def plan(
-    rows: int, columns: int, batch: int, x_bytes: int, multiprocessors: int, *, has_warpgroups: bool
+    rows: int, columns: int, x_bytes: int, multiprocessors: int, *, has_warpgroups: bool
 ) -> Tiles:
-    """The layout of a product, the same for all batches up to `NARROW`, and for all above.
+    """The layout of a product, the same for all batches.
 
     Every block reads its part of the matrix, and all of x for its part of k; blocks of a cluster exchange sums. Many
     rows in a block save reads of x, and parts of k make up for the blocks that there are fewer of. Taken is the layout
@@ -120,63 +115,51 @@ def plan(
     Args:
         rows: Of the matrix.
         columns: Of the matrix.
-        batch: Rows of x.
         x_bytes: Of a number of x; those of four bytes are not for warpgroups.
         multiprocessors: Of the GPU.
         has_warpgroups: Whether its warps can multiply together.
     """
-    tile = NARROW if batch <= NARROW else MOST_ROWS
     layouts = _by_warpgroups if has_warpgroups and x_bytes == 2 else _by_warps
     pieces = -(-columns // PIECE)
     found = []
     for cluster in CLUSTERS:
         if cluster > pieces:
             break
-        for tiles in layouts(rows, -(-pieces // cluster), cluster, tile, x_bytes):
-            found.append((_moved(tiles, tile, x_bytes, multiprocessors), tiles))
+        for tiles in layouts(rows, -(-pieces // cluster), cluster, x_bytes):
+            found.append((_moved(tiles, x_bytes, multiprocessors), tiles))
     return min(found)[1]
 
 
-def _by_warpgroups(
-    rows: int, pieces: int, cluster: int, tile: int, x_bytes: int
-) -> Iterator[Tiles]:
-    """Of a tile of many rows of x, two warpgroups have half each; else they have the rows of the matrix."""
+def _by_warpgroups(rows: int, pieces: int, cluster: int, x_bytes: int) -> Iterator[Tiles]:
+    """One warpgroup, or two with half of the rows of the matrix each."""
     for height in range(1, MOST_WARPS + 1):
-        warpgroups = 2 if tile > NARROW or height % 2 == 0 else 1
-        own = height if tile > NARROW else height // warpgroups
-        are_few = own * PIECE // 2 <= MOST_SUMS and _sums(height, tile) <= SHARED
-        if are_few and 3 * _piece(height, tile, x_bytes) <= SHARED:
+        warpgroups = 2 if height % 2 == 0 else 1
+        are_few = height // warpgroups * PIECE // 2 <= MOST_SUMS
+        if are_few and 3 * _piece(height, MOST_ROWS, x_bytes) <= SHARED:
             yield Tiles(rows, height, cluster, 1, pieces, warpgroups)
 
 
-def _by_warps(rows: int, pieces: int, cluster: int, tile: int, x_bytes: int) -> Iterator[Tiles]:
+def _by_warps(rows: int, pieces: int, cluster: int, x_bytes: int) -> Iterator[Tiles]:
     """As many warps along k as there is work and room for."""
-    for height in range(1, MOST_WARPS // _width(tile) + 1):
-        if _sums(height, tile) > SHARED:
-            break
+    for height in range(1, MOST_WARPS + 1):
         split = next(
             split
             for split in (8, 4, 2, 1)
             if split <= pieces
-            and split * height * _width(tile) <= MOST_WARPS
-            and 2 * split * _piece(height, tile, x_bytes) <= SHARED
+            and split * height <= MOST_WARPS
+            and 2 * split * _piece(height, MOST_ROWS, x_bytes) <= SHARED
         )
         yield Tiles(rows, height, cluster, split, pieces, 0)
 
 
-def _moved(tiles: Tiles, tile: int, x_bytes: int, multiprocessors: int) -> int:
+def _moved(tiles: Tiles, x_bytes: int, multiprocessors: int) -> int:
     """Bytes that the busiest multiprocessor moves."""
     own = PIECE * tiles.height
     room = multiprocessors
     if tiles.cluster > 1:
         room = max(1, multiprocessors // NEIGHBOURS * NEIGHBOURS // tiles.cluster)
-    sums = own * tile * 4 if tiles.cluster > 1 else 0
-    return -(-tiles.parts // room) * (tiles.pieces * PIECE * (2 * own + x_bytes * tile) + sums)
-
-
-def _width(tile: int) -> int:
-    """Warps that share rows of the matrix, and have some of the rows of x each."""
-    return max(1, tile // NARROW)
+    sums = own * MOST_ROWS * 4 if tiles.cluster > 1 else 0
+    return -(-tiles.parts // room) * (tiles.pieces * PIECE * (2 * own + x_bytes * MOST_ROWS) + sums)
 
 
 def _piece(height: int, x_rows: int, x_bytes: int) -> int:

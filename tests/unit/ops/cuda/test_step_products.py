@@ -9,12 +9,11 @@ from mambakit.ops.cuda import step_products, tensor_core_products
 from mambakit.ops.cuda.step_products import are_for_tensor_cores, product
 from mambakit.ops.model_layer import Layer
 
-FEWEST, MOST = 9, tensor_core_products.MOST_ROWS
+FEWEST, MOST = tensor_core_products.FEWEST_ROWS, tensor_core_products.MOST_ROWS
 
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_core_products, "FEWEST_ROWS", FEWEST)
     monkeypatch.setattr(step_products, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(step_products, "has_clusters", lambda _: True)
     monkeypatch.setattr(step_products, "has_warpgroups", lambda _: True)
@@ -31,7 +30,7 @@ def is_on_tensor_cores(weight: torch.Tensor, x: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("batch", [FEWEST, 64, MOST])
+@pytest.mark.parametrize("batch", [FEWEST, 9, MOST])
 def test_many_rows_in_half_precision(batch: int, dtype: torch.dtype) -> None:
     assert is_on_tensor_cores(*make(batch, dtype))
 
@@ -76,7 +75,7 @@ def test_the_launch_on_tensor_cores(
 ) -> None:
     monkeypatch.setattr(step_products, "has_warpgroups", lambda _: has_warpgroups)
     found = product(*make(64, rows=8192, columns=2048), 4)
-    tiles = tensor_core_products.plan(8192, 2048, 64, 2, 132, has_warpgroups=has_warpgroups)
+    tiles = tensor_core_products.plan(8192, 2048, 2, 132, has_warpgroups=has_warpgroups)
     assert (found.grid, found.parts, found.block) == ((tiles.blocks, 1), 32, threads)
     assert found.shared == tiles.shared_memory(64, 2)
 

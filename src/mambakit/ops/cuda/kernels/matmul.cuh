@@ -1,4 +1,4 @@
-// The product of `product.cuh` for up to 128 rows of x, on tensor cores, in the time that it takes to read the matrix.
+// The product of `product.cuh` for up to 64 rows of x, on tensor cores, in the time that it takes to read the matrix.
 //
 // A block has TILE rows of W. They and x come through shared memory, STEPS pieces of 32 numbers along k at a time, which holds
 // STAGES of these. Every block needs all of x, which comes from the second-level cache: so the CLUSTER blocks of a cluster
@@ -7,8 +7,8 @@
 // A tensor core adds in the order of k; then warps, then blocks are added in a fixed order. Neither BATCH nor TILE, STAGES or
 // STEPS has a part in it; sums of squares are those of a block's rows of W.
 //
-// IO: type of W, two bytes. X: type of x; float is scaled and rounded to IO before the product. BATCH: a multiple of CLUSTER,
-// not less than the rows of x. TILE: a multiple of 32. NEIGHBOURS: rows of W that an end takes, 1, 2 or 4, a divisor of their
+// IO: type of W, two bytes. X: type of x; float is scaled and rounded to IO before the product. BATCH: a multiple of 8 and
+// of CLUSTER, not less than the rows of x. TILE: a multiple of 32. NEIGHBOURS: rows of W that an end takes, 1, 2 or 4, a divisor of their
 // number. WARPGROUPS: if defined, so many multiply together; see `matmul_warpgroups.cuh`, else `matmul_warps.cuh`. W and the
 // rows of x start at 16 bytes.
 #pragma once

@@ -7,9 +7,9 @@
 #include "vectors.cuh"
 
 #ifdef WARPGROUPS
-constexpr int WARPS = 4 * WARPGROUPS, X_ROWS = (BATCH + 63) / 64 * 64;
+constexpr int WARPS = 4 * WARPGROUPS, X_ROWS = 64;
 #else
-constexpr int WARPS = TILE / 32 * WARPS_N * WARPS_K, X_ROWS = BATCH;
+constexpr int WARPS = TILE / 32 * WARPS_K, X_ROWS = BATCH;
 #endif
 constexpr int THREADS = 32 * WARPS;
 constexpr int PIECE = 32;                         // numbers along k

@@ -1,25 +1,23 @@
 // The sums of a block of `matmul.cuh`, by products of warpgroups (wgmma, compute capability 9.0 alone), which take both factors
-// from shared memory: 64 rows of x by 64 or 32 rows of W. Of up to 64 rows of x each warpgroup has a part of the rows of W; of
-// more each has 64 of them. Rows of x past BATCH are multiplied too, since a row has nothing to do with the others.
+// from shared memory: 64 rows of x, those past BATCH being zeros, by 64 or 32 of the warpgroup's part of the rows of W.
 #pragma once
 #include "matmul_tiles.cuh"
 
-static_assert(sizeof(X) == 2 && (X_ROWS == 64 || WARPGROUPS == 2), "one row of two bytes has one warpgroup");
+static_assert(sizeof(X) == 2, "numbers of four bytes have to be rounded on their way");
 
 struct Sums {
-  static constexpr int OWN = X_ROWS == 64 ? TILE / WARPGROUPS : TILE;  // rows of W of a warpgroup
+  static constexpr int OWN = TILE / WARPGROUPS;  // rows of W of a warpgroup
   static constexpr int AT_ONCE = OWN % 64 == 0 ? 64 : 32;
   float sums[OWN / AT_ONCE][AT_ONCE / 2] = {};
-  int first_n, first_m;  // of the warpgroup
+  int first;  // of these
 
-  __device__ __forceinline__ explicit Sums(int warp)
-      : first_n(X_ROWS == 64 ? 0 : warp / 4 * 64), first_m(X_ROWS == 64 ? warp / 4 * OWN : 0) {}
+  __device__ __forceinline__ explicit Sums(int warp) : first(warp / 4 * OWN) {}
 
   // The factors have been copied by threads, and warpgroups read them in another way.
   __device__ __forceinline__ static void make_visible() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
   __device__ __forceinline__ void begin(const char* memory) {
-    const uint64 x = described(memory + W_BYTES + first_n * 64), w = described(memory + first_m * 64);
+    const uint64 x = described(memory + W_BYTES), w = described(memory + first * 64);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
@@ -42,7 +40,7 @@ struct Sums {
 
   // To shared memory. A lane has, of each eight rows of W, two neighbours for each of two rows of x.
   __device__ __forceinline__ void put() {
-    const int lane = threadIdx.x % 32, n = first_n + threadIdx.x / 32 % 4 * 16 + lane / 4, m = first_m + lane % 4 * 2;
+    const int lane = threadIdx.x % 32, n = threadIdx.x / 32 % 4 * 16 + lane / 4, m = first + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < OWN / 8; ++i)
 #pragma unroll

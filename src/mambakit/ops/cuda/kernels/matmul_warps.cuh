@@ -1,15 +1,14 @@
-// The sums of a block of `matmul.cuh`, by products of single warps (mma.sync): a warp multiplies 32 rows of W by one of WARPS_N
-// parts of the rows of x, and takes every WARPS_K-th piece. BATCH is a multiple of 8 WARPS_N, STEPS of WARPS_K.
+// The sums of a block of `matmul.cuh`, by products of single warps (mma.sync): a warp multiplies 32 rows of W by
+// all rows of x, and takes every WARPS_K-th piece. STEPS is a multiple of WARPS_K.
 #pragma once
 #include "matmul_tiles.cuh"
 
 struct Sums {
-  static constexpr int OWN = BATCH / WARPS_N, EIGHTS = OWN / 8;  // rows of x of a warp
+  static constexpr int EIGHTS = BATCH / 8;  // of rows of x
   float sums[2][EIGHTS][4] = {};
-  int lane, of_k, of_n, of_m;
+  int lane, of_k, of_m;
 
-  __device__ __forceinline__ explicit Sums(int warp)
-      : lane(threadIdx.x % 32), of_k(warp % WARPS_K), of_n(warp / WARPS_K % WARPS_N), of_m(warp / (WARPS_K * WARPS_N)) {}
+  __device__ __forceinline__ explicit Sums(int warp) : lane(threadIdx.x % 32), of_k(warp % WARPS_K), of_m(warp / WARPS_K) {}
 
   // A warp reads what was copied as any thread does, and its products end one by one: nothing to begin.
   __device__ __forceinline__ static void make_visible() {}
@@ -19,8 +18,8 @@ struct Sums {
 #pragma unroll
     for (int step = of_k; step < STEPS; step += WARPS_K)
       multiply_piece(
-          memory + (step * TILE + of_m * 32) * PIECE * sizeof(IO),
-          memory + W_BYTES + (step * BATCH + of_n * OWN) * PIECE * sizeof(X), scales + of_n * OWN);
+          memory + (step * TILE + of_m * 32) * PIECE * sizeof(IO), memory + W_BYTES + step * BATCH * PIECE * sizeof(X),
+          scales);
   }
 
   // To shared memory.
@@ -31,7 +30,7 @@ struct Sums {
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int i = 0; i < 4 * EIGHTS; ++i)
-        sums_at(of_n * OWN + i / 4 * 8 + lane % 4 * 2 + i % 2, of_m * 32 + half * 16 + i % 4 / 2 * 8 + lane / 4) =
+        sums_at(i / 4 * 8 + lane % 4 * 2 + i % 2, of_m * 32 + half * 16 + i % 4 / 2 * 8 + lane / 4) =
             sums[half][i / 4][i % 4];
   }
 
@@ -74,9 +73,8 @@ struct Sums {
   __device__ __forceinline__ void add_warps() {
     if (WARPS_K == 1) return;
     float4* const others = reinterpret_cast<float4*>(shared_memory());
-    const int group = of_m * WARPS_N + of_n;
     const auto place = [&](int piece, int i) {
-      return (((piece - 1) * (WARPS / WARPS_K) + group) * (2 * EIGHTS) + i) * 32 + lane;
+      return (((piece - 1) * (WARPS / WARPS_K) + of_m) * (2 * EIGHTS) + i) * 32 + lane;
     };
     if (of_k > 0)
 #pragma unroll
