@@ -3,7 +3,7 @@
     python benchmarks/gpu_decoding.py                               # the table; see MODELS and BATCHES
     python benchmarks/gpu_decoding.py --models mamba-130m --batches 1 8
     python benchmarks/gpu_decoding.py --kernels mamba-1.4b --batches 1 64   # each kernel by itself, beside PyTorch's
-    python benchmarks/gpu_decoding.py --models mamba-1.4b --batches 8 64 128 --fewest 4 9 129
+    python benchmarks/gpu_decoding.py --models mamba-1.4b --batches 8 64 --fewest 5 65
     python benchmarks/gpu_decoding.py --json results.json           # rows of the same commit and GPU are kept
 
 A step is one CUDA graph: `model.step`, and the most probable token, which is the input of the next. Weights are random.
@@ -13,7 +13,7 @@ and written, the Transformer's keys and values read. No speed without parity: th
 those of the modules. Medians of steps timed by events; the spread is half the range of the middle half.
 
 `--fewest` sets `tensor_core_products.FEWEST_ROWS`: from how many rows of the batch on products are on tensor cores.
-With 129 none is, and a step of more than 8 rows takes PyTorch's products. Each value is a row of the table.
+With 65 none is, and a step of more than 8 rows takes PyTorch's products. Each value is a row of the table.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mambakit.models import (
 )
 from mambakit.models.fused_step import _layer, _modules
 from mambakit.ops.cuda import model_step, tensor_core_products
-from mambakit.ops.cuda.products import MOST_ROWS
+from mambakit.ops.cuda.step_products import are_for_tensor_cores
 from report import Measurement, print_table
 
 MODELS: dict[str, Callable[[], MambaLanguageModel | TransformerLanguageModel]] = {
@@ -167,7 +167,7 @@ def kernels(name: str, batch: int) -> dict[str, tuple[Measurement, int]]:
     head = model.lm_head.weight
     residual = model_step.embed(tokens, embedding, norm)
     x, z = model_step.in_proj(layers[0], residual, 1e-5)
-    are_few = batch <= MOST_ROWS
+    are_few = not are_for_tensor_cores(layers[0], batch)
     kept = torch.float32 if are_few else x.dtype
     steering = model_step.project(layers[0].x_proj, x, kept)
     low = steering[:, : layers[0].dt_proj.shape[1]]

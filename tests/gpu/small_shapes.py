@@ -11,7 +11,6 @@ import torch
 from examples import OPS, STEPS, call, on
 
 from mambakit.models import MambaConfig, MambaLanguageModel
-from mambakit.ops.cuda import tensor_core_products
 
 
 def main(name: str) -> None:
@@ -24,7 +23,6 @@ def main(name: str) -> None:
 
 def decode() -> None:
     """Steps of a whole model, with kernels of our own for the products and without, and with odd sizes."""
-    tensor_core_products.FEWEST_ROWS = 9
     odd = {"d_model": 17, "d_state": 5, "dt_rank": 3}
     for fields in ({"d_model": 72}, odd, {"d_model": 136, "dt_rank": 8}):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

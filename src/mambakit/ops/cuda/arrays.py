@@ -51,6 +51,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
+def has_warpgroups(device: torch.device) -> bool:
+    """Whether four warps of the GPU can multiply together (wgmma): compute capability 9.0 alone."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
 def has_clusters(device: torch.device) -> bool:
     """Whether blocks of the GPU can read one another's shared memory."""
     return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -28,6 +28,8 @@ from mambakit.ops.cuda.launch import Kernel, loaded
 KERNELS = Path(__file__).parent / "kernels"
 OLDEST = 80
 """Compute capability 8.0 (Ampere), the first with bfloat16 and asynchronous copies."""
+WITH_WARPGROUPS = 90
+"""Compute capability 9.0 (Hopper), of whose own instructions (sm_90a) some kernels make use."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def compile_source(file: str, constants: dict[str, int | str], arch: str) -> tup
     Args:
         file: Name of a source file in `kernels`.
         constants: Its macros.
-        arch: "sm_90" for machine code of that architecture, "compute_90" for PTX, which the driver finishes.
+        arch: "sm_90a" for machine code of that architecture, "compute_90" for PTX, which the driver finishes.
 
     Returns:
         The binary, and what the compiler said (of PTX: no resources).
@@ -144,7 +146,7 @@ def target(capability: tuple[int, int], known: tuple[int, ...]) -> str:
             f"the GPU is sm_{number}, and the kernels need sm_{OLDEST} or newer; use backend='reference'"
         )
     if number in known:
-        return f"sm_{number}"
+        return f"sm_{number}{'a' if number == WITH_WARPGROUPS else ''}"
     older = [arch for arch in known if arch < number]
     if not older:
         raise BackendError(f"NVRTC knows no architecture as old as sm_{number}; {_remedy()}")

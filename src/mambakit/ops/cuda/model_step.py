@@ -1,7 +1,7 @@
 """One decoding step of a whole model on a GPU: four kernels a layer, bound by the reading of the weights.
 
 Kernels of our own read every weight once and do what is between the products at their ends. Each begins to read its
-weights while the one before still runs. For a few rows they multiply number by number, for up to 128 on tensor cores,
+weights while the one before still runs. For a few rows they multiply number by number, for up to 64 on tensor cores,
 and then dt has a product of its own. For more rows, and for what the tensor cores do not take, the products are
 PyTorch's (cuBLAS).
 """
@@ -21,15 +21,21 @@ from mambakit.ops.cuda.causal_conv1d import causal_conv1d_step
 from mambakit.ops.cuda.compiler import kernel
 from mambakit.ops.cuda.products import MOST_ROWS, tile_of
 from mambakit.ops.cuda.rms_norm import add_rms_norm, rms_norm
-from mambakit.ops.cuda.step_products import are_for_tensor_cores, product, scaled_dtype, types
+from mambakit.ops.cuda.step_products import (
+    NEIGHBOURS,
+    are_for_tensor_cores,
+    product,
+    scaled_dtype,
+    types,
+)
 from mambakit.ops.cuda.step_products import variants as product_variants
 from mambakit.ops.model_layer import Layer
 
 THREADS = 128
 """Of a block of the scan; see kernels/decode_scan.cu."""
 
-PROJECTED_ROWS = 2
-"""Of a block of the scan that has no projection to do. On an H100, 1.4B, 64 rows: 13 microseconds; with 4 rows 15."""
+PROJECTED_ROWS, PROJECTED_HELD = 4, 2
+"""Of a block of the scan that has no projection to do, and of these, how many have their states on the way."""
 
 
 class Residual(NamedTuple):
@@ -81,8 +87,8 @@ def model_step(
     """Logits, (B, V), of a token a sequence, (B,); the states move on.
 
     All tensors are `suitable`. With kernels of our own a row does not depend on the other rows of the batch, nor on how
-    many there are up to `MOST_ROWS`, from there to 64, and from there to 128. A token that is none is an error of the
-    device.
+    many there are, as long as the same kernels multiply: for few rows, or for those of `tensor_core_products`. A token
+    that is none is an error of the device.
 
     Args:
         layers: First layer first.
@@ -113,7 +119,7 @@ def _with_own_products(
 ) -> Tensor:
     # The first kernel waits for all that was before the step; the others only for one another.
     residual = embed(tokens, embedding, norms[0])
-    are_few = tokens.shape[0] <= MOST_ROWS  # The scan projects dt itself.
+    are_few = not are_for_tensor_cores(layers[0], tokens.shape[0])  # The scan projects dt itself.
     for layer, norm, epsilon in zip(layers, norms[1:], eps, strict=False):
         x, z = in_proj(layer, residual, epsilon, overlaps=True)
         steering = project(layer.x_proj, x, torch.float32 if are_few else x.dtype, overlaps=True)
@@ -182,7 +188,7 @@ def in_proj(
     batch, width = scaled.shape
     channels = weight.shape[0] // 2
     x, z = weight.new_empty(2, batch, channels)
-    by = product(weight, scaled)
+    by = product(weight, scaled, _neighbouring_channels(layer))
     launch = kernel(
         "decode_in_proj.cu", "decode_in_proj", weight.device, **by.constants,
         TAPS=layer.conv.shape[-1],
@@ -205,7 +211,7 @@ def project(weight: Tensor, x: Tensor, dtype: torch.dtype, *, overlaps: bool = F
         overlaps: As in `in_proj`.
     """
     y = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
-    by = product(weight, x)
+    by = product(weight, x, lanes(NEIGHBOURS, weight.shape[0]))
     launch = kernel("decode_linear.cu", "decode_linear", x.device, **by.constants, Y=TYPES[dtype])
     launch(
         by.grid, by.block, weight, x, x.stride(0), y, x.shape[0], *weight.shape,
@@ -260,7 +266,7 @@ def out_proj(
         overlaps: As in `in_proj`.
     """
     weight = layer.out_proj
-    by = product(weight, y)
+    by = product(weight, y, lanes(NEIGHBOURS, weight.shape[0], norm, residual.stream))
     after = _residual(weight, y.shape[0], weight.shape[0], parts=by.parts, stream=residual.stream)
     launch = kernel(
         "decode_out_proj.cu", "decode_out_proj", y.device, **by.constants,
@@ -277,13 +283,22 @@ def logits_of(head: Tensor, residual: Residual, eps: float, *, overlaps: bool = 
     """Logits, (B, V), of the residual stream after the last layer; arguments as in `in_proj`."""
     batch, (vocab, width) = residual.scaled.shape[0], head.shape
     logits = head.new_empty(batch, vocab)
-    by = product(head, residual.scaled)
+    by = product(head, residual.scaled, lanes(NEIGHBOURS, vocab))
     launch = kernel("decode_head.cu", "decode_head", head.device, **by.constants)
     launch(
         by.grid, by.block, head, residual.scaled, residual.squares, residual.squares.shape[1], eps, logits,
         batch, vocab, width, shared=by.shared, overlaps=overlaps,
     )  # fmt: skip
     return logits
+
+
+def _neighbouring_channels(layer: Layer) -> int:
+    """How many channels' filters and states can be read side by side."""
+    state, taps = layer.conv_state, layer.conv.shape[-1]
+    side_by_side = taps == 1 or (state.stride(2) == 1 and state.stride(1) == taps - 1)
+    if not side_by_side:
+        return 1
+    return lanes(NEIGHBOURS, state.shape[1], layer.conv.flatten(), layer.conv_bias, state[:, 0])
 
 
 def _residual(
@@ -306,7 +321,9 @@ def _scan_constants(
     return {
         **types(weight.dtype, steering.dtype),
         **_scan_layout(states, spread, along, rank, tile),
+        "STEERS": lanes(states, layer.A_log.shape[1], steering[:, rank:]),
         "PROJECTED": int(is_projected),
+        "HELD": PROJECTED_HELD if is_projected else tile,
     }
 
 
@@ -319,6 +336,7 @@ def _scan_layout(states: int, spread: int, along: int, rank: int, tile: int) -> 
         "ROWS": 1,
         "DEPTH": depth,
         "BATCH": tile,
+        "AHEAD": min(2, tile),
     }
 
 
@@ -353,9 +371,11 @@ def variants() -> Variants:
         rank = -(-d_model // 16)
         states, spread = (4, 4) if d_model > 17 else (1, 8)
         layout = _scan_layout(states, spread, lanes(16 // io.itemsize, rank), rank, batch)
-        unprojected = {**types(io, torch.float32), **layout, "PROJECTED": 0}
+        own = {"STEERS": lanes(states, rank), "PROJECTED": 0, "HELD": batch}
+        unprojected = {**types(io, torch.float32), **layout, **own}
         layout = _scan_layout(states, spread, 1, rank, PROJECTED_ROWS)
-        projected = {**types(io, io), **layout, "PROJECTED": 1}
+        own |= {"PROJECTED": 1, "HELD": PROJECTED_HELD}
+        projected = {**types(io, io), **layout, **own}
         embedding = {**types(io, scaled_dtype(io)), "TOKEN": "int64"}
         found += [
             ("decode_scan.cu", "decode_scan", unprojected),

@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 from mambakit.ops.cuda import products, tensor_core_products
-from mambakit.ops.cuda.arrays import TYPES, Variants, has_clusters, lanes, multiprocessors
+from mambakit.ops.cuda.arrays import (
+    TYPES,
+    Variants,
+    has_clusters,
+    has_warpgroups,
+    lanes,
+    multiprocessors,
+)
 from mambakit.ops.model_layer import Layer
+
+NEIGHBOURS = 4
+"""Rows of the matrix whose results a thread reads and writes together, at most."""
 
 
 class Product(NamedTuple):
@@ -26,11 +36,21 @@ class Product(NamedTuple):
     """Parts of the rows of the matrix, each of which gives sums of squares."""
 
 
-def product(weight: Tensor, x: Tensor) -> Product:
-    """Of a matrix, (O, K), with x, (B, K): on tensor cores where that is meant to be, else number by number."""
+def product(weight: Tensor, x: Tensor, neighbours: int) -> Product:
+    """Of a matrix with x: on tensor cores where that is meant to be, else number by number.
+
+    Args:
+        weight: (O, K).
+        x: (B, K).
+        neighbours: Rows of the matrix whose results are read and written together, where a thread has several: 1, 2 or
+            4, a divisor of O.
+    """
     along = lanes(16 // weight.element_size(), weight.shape[1], weight, x)
-    launched = _on_tensor_cores if _are_for_tensor_cores(x.shape[0], weight, along) else _by_numbers
-    return launched(weight.shape, x, weight.dtype, along, multiprocessors(weight.device))
+    count = multiprocessors(weight.device)
+    if _are_for_tensor_cores(x.shape[0], weight, along):
+        together = has_warpgroups(weight.device)
+        return _on_tensor_cores(weight.shape, x, weight.dtype, neighbours, count, together)
+    return _by_numbers(weight.shape, x, weight.dtype, along, count)
 
 
 def are_for_tensor_cores(layer: Layer, batch: int) -> bool:
@@ -46,17 +66,16 @@ def _are_for_tensor_cores(batch: int, weight: Tensor, along: int) -> bool:
 
 
 def _on_tensor_cores(
-    shape: torch.Size, x: Tensor, dtype: torch.dtype, along: int, count: int
+    shape: torch.Size, x: Tensor, dtype: torch.dtype, neighbours: int, count: int, together: bool
 ) -> Product:
-    rows, columns = shape
-    x_bytes = x.element_size()
-    tiles = tensor_core_products.plan(rows, columns, x.shape[0], x_bytes, count)
-    constants = tiles.constants(x.shape[0], x_bytes)
+    (rows, columns), batch, x_bytes = shape, x.shape[0], x.element_size()
+    tiles = tensor_core_products.plan(rows, columns, x_bytes, count, has_warpgroups=together)
+    constants = tiles.constants(batch, x_bytes)
     return Product(
-        {**types(dtype, x.dtype), **constants},
+        {**types(dtype, x.dtype), **constants, "NEIGHBOURS": neighbours},
         (tiles.blocks, 1),
-        32 * constants["WARPS_M"] * constants["WARPS_N"] * constants["WARPS_K"],
-        tensor_core_products.shared_memory(constants, x_bytes),
+        tiles.threads,
+        tiles.shared_memory(batch, x_bytes),
         tiles.parts,
     )
 
@@ -98,15 +117,13 @@ def variants() -> Variants:
         (768, 8, torch.float32),
         (17, 4, torch.bfloat16),
         (2048, 64, torch.bfloat16),
-        (2560, 128, torch.bfloat16),
         (768, 16, torch.bfloat16),
         (1536, 32, torch.float16),
         (2560, 64, torch.float16),
-        (768, 128, torch.float16),
     ):
         d_inner, rank, scaled = 2 * d_model, -(-d_model // 16), scaled_dtype(io)
-        launched = _by_numbers if batch <= products.MOST_ROWS else _on_tensor_cores
-        kept = torch.float32 if launched is _by_numbers else io
+        are_few = batch <= products.MOST_ROWS
+        kept = torch.float32 if are_few else io
         of_kernel: list[tuple[str, int, int, torch.dtype, dict[str, int | str]]] = [
             ("in_proj", 2 * d_inner, d_model, scaled, {"TAPS": 4}),
             ("linear", rank + 32, d_inner, io, {"Y": TYPES[kept]}),
@@ -116,6 +133,15 @@ def variants() -> Variants:
         ]
         for name, rows, columns, x_dtype, more in of_kernel:
             shape, x = torch.Size((rows, columns)), torch.empty(batch, 0, dtype=x_dtype)
-            constants = launched(shape, x, io, lanes(16 // io.itemsize, columns), 132).constants
-            found.append((f"decode_{name}.cu", f"decode_{name}", {**constants, **more}))
+            if are_few:
+                along = lanes(16 // io.itemsize, columns)
+                of_shape = [_by_numbers(shape, x, io, along, 132)]
+            else:
+                of_shape = [
+                    _on_tensor_cores(shape, x, io, lanes(NEIGHBOURS, rows), 132, together)
+                    for together in (False, True)
+                ]
+            for launched in of_shape:
+                constants = {**launched.constants, **more}
+                found.append((f"decode_{name}.cu", f"decode_{name}", constants))
     return found

@@ -19,7 +19,7 @@ KERNEL = 'extern "C" __global__ void add(float* x) { x[threadIdx.x] += AMOUNT; }
 
 def test_target_is_the_machine_or_ptx_of_the_newest_before_it() -> None:
     known = (75, 80, 90, 100, 120)
-    assert compiler.target((9, 0), known) == "sm_90"
+    assert compiler.target((9, 0), known) == "sm_90a"
     assert compiler.target((12, 0), known) == "sm_120"
     assert compiler.target((13, 5), known) == "compute_120"
     assert compiler.target((8, 9), known) == "compute_80"

@@ -9,14 +9,14 @@ from mambakit.ops.cuda import step_products, tensor_core_products
 from mambakit.ops.cuda.step_products import are_for_tensor_cores, product
 from mambakit.ops.model_layer import Layer
 
-FEWEST, MOST = 9, tensor_core_products.MOST_ROWS
+FEWEST, MOST = tensor_core_products.FEWEST_ROWS, tensor_core_products.MOST_ROWS
 
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_core_products, "FEWEST_ROWS", FEWEST)
     monkeypatch.setattr(step_products, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(step_products, "has_clusters", lambda _: True)
+    monkeypatch.setattr(step_products, "has_warpgroups", lambda _: True)
 
 
 def make(
@@ -26,11 +26,11 @@ def make(
 
 
 def is_on_tensor_cores(weight: torch.Tensor, x: torch.Tensor) -> bool:
-    return "CLUSTER" in product(weight, x).constants
+    return "CLUSTER" in product(weight, x, 1).constants
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("batch", [FEWEST, 64, MOST])
+@pytest.mark.parametrize("batch", [FEWEST, 9, MOST])
 def test_many_rows_in_half_precision(batch: int, dtype: torch.dtype) -> None:
     assert is_on_tensor_cores(*make(batch, dtype))
 
@@ -64,20 +64,24 @@ def test_a_gpu_without_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_x_of_float16_is_wide_before_it_is_scaled() -> None:
     weight, _ = make(64, torch.float16)
-    found = product(weight, torch.zeros(64, 72))
+    found = product(weight, torch.zeros(64, 72), 1)
     assert (found.constants["IO"], found.constants["X"]) == ("float16", "float")
     assert "CLUSTER" in found.constants
 
 
-def test_the_launch_on_tensor_cores() -> None:
-    found = product(*make(64, rows=8192, columns=2048))
-    tiles = tensor_core_products.plan(8192, 2048, 64, 2, 132)
-    assert (found.grid, found.parts, found.block) == ((tiles.blocks, 1), 32, 256)
-    assert found.shared == tensor_core_products.shared_memory(tiles.constants(64, 2), 2)
+@pytest.mark.parametrize(("has_warpgroups", "threads"), [(False, 256), (True, 256)])
+def test_the_launch_on_tensor_cores(
+    has_warpgroups: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_products, "has_warpgroups", lambda _: has_warpgroups)
+    found = product(*make(64, rows=8192, columns=2048), 4)
+    tiles = tensor_core_products.plan(8192, 2048, 2, 132, has_warpgroups=has_warpgroups)
+    assert (found.grid, found.parts, found.block) == ((tiles.blocks, 1), 32, threads)
+    assert found.shared == tiles.shared_memory(64, 2)
 
 
 def test_the_launch_number_by_number() -> None:
-    found = product(*make(20, torch.float32))
+    found = product(*make(20, torch.float32), 1)
     assert found.constants["BATCH"] == 8
     assert found.grid == (found.parts, 3)
     assert found.block == 32 * int(found.constants["WARPS"])

@@ -2,12 +2,12 @@
 #include "decode_norm.cuh"
 #include "product.cuh"
 
-struct Logit {
+struct Logits {
   IO* to;
   static constexpr bool HELD = false;
 
   __device__ __forceinline__ void begin() {}
-  __device__ __forceinline__ void end(float value) { *to = from_float<IO>(value); }
+  __device__ __forceinline__ void end(const float (&sums)[NEIGHBOURS]) { write(to, sums); }
 };
 
 // weight: (V, M). scaled: (B, M). squares: (B, parts).
@@ -19,6 +19,8 @@ PRODUCT_KERNEL decode_head(
   await_previous();
   product.read(scaled, width);
   __shared__ float scales[BATCH];
-  find_scales<BATCH>(scales, squares + product.first_batch * parts, parts, product.batch, width, eps);
-  product.finish([&](int64 row, int64 b) { return Logit{logits + b * vocab + row}; }, scales);
+  const auto find = [&] {
+    find_scales<BATCH>(scales, squares + product.first_batch * parts, parts, product.batch, width, eps);
+  };
+  product.finish([&](int64 row, int64 b) { return Logits{logits + b * vocab + row}; }, scales, find);
 }

@@ -1,12 +1,12 @@
 // A projection within a step: y = x W^T, (B, O). Constants as in product.cuh; Y: type of y.
 #include "product.cuh"
 
-struct Value {
+struct Values {
   Y* to;
   static constexpr bool HELD = false;
 
   __device__ __forceinline__ void begin() {}
-  __device__ __forceinline__ void end(float sum) { *to = from_float<Y>(sum); }
+  __device__ __forceinline__ void end(const float (&sums)[NEIGHBOURS]) { write(to, sums); }
 };
 
 // weight: (O, K). x: (B, K), with neighbours along K side by side.
@@ -16,5 +16,5 @@ PRODUCT_KERNEL decode_linear(
   let_next_begin();
   await_previous();
   product.read(x, x_row);
-  product.finish([&](int64 row, int64 b) { return Value{y + b * rows + row}; }, nullptr);
+  product.finish([&](int64 row, int64 b) { return Values{y + b * rows + row}; }, nullptr, [] {});
 }

@@ -3,20 +3,22 @@
 #include "decode_norm.cuh"
 #include "product.cuh"
 
-// One number of the residual stream.
+// Neighbours in the residual stream.
 struct Addition {
   float* residual;
   SCALED* scaled;
   const IO* norm;
-  float before, norm_weight;
+  Vector<float, NEIGHBOURS> before;
+  Vector<IO, NEIGHBOURS> norm_weight;
   static constexpr bool HELD = true;
 
-  __device__ __forceinline__ void begin() { before = *residual, norm_weight = to_float(*norm); }
-  __device__ __forceinline__ float end(float sum) {
-    const float r = sum + before;
-    *residual = r;
-    *scaled = from_float<SCALED>(r * norm_weight);
-    return r;
+  __device__ __forceinline__ void begin() { before = read<NEIGHBOURS>(residual), norm_weight = read<NEIGHBOURS>(norm); }
+  __device__ __forceinline__ void end(float (&r)[NEIGHBOURS]) {
+    float normed[NEIGHBOURS];
+#pragma unroll
+    for (int i = 0; i < NEIGHBOURS; ++i) r[i] += before.items[i], normed[i] = r[i] * to_float(norm_weight.items[i]);
+    write(residual, r);
+    write(scaled, normed);
   }
 };
 
@@ -28,7 +30,7 @@ PRODUCT_KERNEL decode_out_proj(
   let_next_begin();
   await_previous();
   product.read(y, columns);
-  product.finish(
+  product.finish_with_squares(
       [&](int64 row, int64 b) { return Addition{residual + b * width + row, scaled + b * width + row, norm + row}; },
-      nullptr, squares);
+      squares);
 }

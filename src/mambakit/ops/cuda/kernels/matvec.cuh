@@ -93,6 +93,7 @@ template <int COUNT, int OFFSET = 16> __device__ __forceinline__ float sum_over_
 }
 
 #ifdef SPLIT  // A product by whole warps.
+constexpr int NEIGHBOURS = 1;  // rows of W that an end takes
 constexpr int VALUES = ROWS * BATCH;
 constexpr int EACH = 32 / VALUES;      // lanes that have the same sum
 constexpr int GROUPS = WARPS / SPLIT;  // of a block, with ROWS rows of W each
@@ -132,19 +133,22 @@ struct Product : Place {
     if (leads) do_for(row, batch_row);
   }
 
-  template <class Make> __device__ __forceinline__ void finish(Make make, const float* scales) {
+  template <class Make, class Find>
+  __device__ __forceinline__ void finish(Make make, const float* scales, Find find) {
+    find();
     auto end = make(row, batch_row);
-    const float sum = begin_and_multiply(end, scales);
+    float sum[] = {begin_and_multiply(end, scales)};
     if (leads) end.end(sum);
   }
 
-  // As `finish`; and the sums of squares of what the ends return, of each row of x over the rows of W of the block: over
+  // As `finish`; and the sums of squares of what the ends make of the sums, of each row of x over the rows of W of the block: over
   // the rows of a warp, then over the groups, pairs of neighbours, then pairs of these, and so on, so that it makes no
   // difference how many rows a warp has.
-  template <class Make> __device__ __forceinline__ void finish(Make make, const float* scales, float* squares) {
+  template <class Make> __device__ __forceinline__ void finish_with_squares(Make make, float* squares) {
     auto end = make(row, batch_row);
-    const float sum = begin_and_multiply(end, scales), value = leads ? end.end(sum) : 0.0f;
-    float square = __fmul_rn(value, value);  // not to be joined with an addition for some ROWS only
+    float value[] = {begin_and_multiply(end, nullptr)};
+    if (leads) end.end(value);
+    float square = leads ? __fmul_rn(value[0], value[0]) : 0.0f;  // not to be joined with an addition for some ROWS only
 #pragma unroll
     for (int offset = 32 / ROWS; offset < 32; offset *= 2) square += __shfl_xor_sync(0xffffffffu, square, offset);
     __shared__ float groups[GROUPS][BATCH];

@@ -4,6 +4,7 @@
 #pragma once
 
 typedef long long int64;
+typedef unsigned long long uint64;
 
 struct bfloat16 { unsigned short bits; };
 struct float16 { unsigned short bits; };
