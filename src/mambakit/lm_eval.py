@@ -2,8 +2,8 @@
 
     lm_eval --model mambakit --model_args pretrained=CHECKPOINT --tasks lambada_openai
 
-needs an lm_eval that looks for plugins (entry points of the group "lm_eval.models"). The released
-0.4.13 does not yet; there the same command is
+needs an lm_eval that looks for plugins (entry points of the group "lm_eval.models"), or, since the
+released 0.4.13 does not yet, packages/lm-eval-mambakit. Without either the same command is
 
     python -m mambakit.lm_eval --model mambakit --model_args pretrained=CHECKPOINT --tasks ...
 
