@@ -9,6 +9,7 @@ import torch
 
 from mambakit.errors import CheckpointError, TrainingError
 from mambakit.reproduce import Contestant, Experiment
+from mambakit.reproduce import training as training_module
 from mambakit.reproduce.training import CHECKPOINT, Training
 
 CPU = torch.device("cpu")
@@ -113,3 +114,26 @@ def test_a_damaged_checkpoint_is_told(tiny: Experiment, tmp_path: Path):
     (tmp_path / CHECKPOINT).write_bytes(b"no checkpoint")
     with pytest.raises(CheckpointError, match="damaged .* remove it to train the model again"):
         Training(tiny.task, tiny.contestants["mamba"], tmp_path, CPU)
+
+
+def test_the_pace_leaves_out_what_a_process_begins_with(tiny: Experiment, tmp_path, monkeypatch):
+    clock = iter(
+        [0.0, 10.0, 20.0, 21.0, 30.0, 33.0, 0.0, 50.0, 60.0, 64.0]
+    )  # Begin and end of each reading.
+    monkeypatch.setattr(training_module.time, "perf_counter", lambda: next(clock))
+    contestant = tiny.contestants["mamba"]
+    first = Training(tiny.task, contestant, tmp_path, CPU)
+    assert first.steps_per_second is None
+    first.go_on()
+    assert first.steps_per_second == 4 / 10  # There is nothing better yet.
+    first.go_on()
+    first.go_on()
+    first.save()
+    assert first.steps_per_second == 8 / 4
+    again = Training(tiny.task, contestant, tmp_path, CPU)
+    assert again.steps_per_second == 8 / 4
+    again.go_on()
+    assert again.steps_per_second == 8 / 4
+    again.go_on()
+    assert again.steps_per_second == 12 / 8
+    assert again.seconds == 10 + 4 + 50 + 4
