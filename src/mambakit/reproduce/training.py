@@ -17,7 +17,7 @@ from mambakit.files import atomic_write
 from mambakit.reproduce.draws import Draws
 from mambakit.reproduce.evaluation import TRAINING, validate
 from mambakit.reproduce.experiment import Contestant, Task
-from mambakit.reproduce.models import answer_logits, build
+from mambakit.reproduce.models import answer_logits, autocast, build
 from mambakit.train.step_graph import StepGraph
 
 CHECKPOINT = "checkpoint.pt"
@@ -138,8 +138,9 @@ class Training:
         examples = self.task.make(draws, recipe.batch_size, recipe.seqlen)
         losses = []
         for tokens, targets in zip(*examples, strict=True):
-            logits = answer_logits(self.model, tokens, self.task.answers)
-            loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
+            with autocast(recipe, tokens.device):
+                logits = answer_logits(self.model, tokens, self.task.answers)
+            loss = cross_entropy(logits.float().flatten(0, 1), targets.flatten())
             torch.autograd.backward(loss)
             self._optimizer.step()
             self._optimizer.zero_grad()

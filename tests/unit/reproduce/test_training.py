@@ -137,3 +137,24 @@ def test_the_pace_leaves_out_what_a_process_begins_with(tiny: Experiment, tmp_pa
     again.go_on()
     assert again.steps_per_second == 12 / 8
     assert again.seconds == 10 + 4 + 50 + 4
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_training_and_validation_have_the_precision(
+    tiny: Experiment, tmp_path: Path, name, precision, dtype
+):
+    contestant = changed(tiny.contestants[name], precision=precision)
+    training = Training(tiny.task, contestant, tmp_path, CPU)
+    seen = set()
+    training.model.lm_head.register_forward_hook(
+        lambda _, __, out: seen.add((training.model.training, torch.is_grad_enabled(), out.dtype))
+    )
+    finish(training)
+    assert seen == {(True, True, dtype), (True, False, dtype)}  # Steps and validations.
+    assert {p.dtype for p in training.model.parameters()} == {torch.float32}
+    plain = finish(Training(tiny.task, tiny.contestants[name], tmp_path / "plain", CPU))
+    assert training.loss == pytest.approx(plain.loss, rel=0.02)
+    assert (training.loss == plain.loss) == (precision == "float32")
