@@ -62,11 +62,11 @@ _RECIPE = Recipe(
     steps=25 * EPOCH,
     steps_per_call=16,
     log_every=512,
-    validate_every=EPOCH // 2,
-    validation_lengths=(256, 16384),
+    validate_every=EPOCH,
+    validation_lengths=(256, 2**20),
     validation_sequences=256,
     target=100.0,
-    hold=6,
+    hold=3,
     test_lengths=_LENGTHS,
     test_sequences=256,
 )
@@ -80,7 +80,6 @@ def _attention(positions: Positions, title: str, epochs: int, paper: list[float]
         lr=2e-4,
         steps=epochs * EPOCH,
         validation_lengths=(256,),
-        hold=0,
         test_lengths=_LENGTHS[:11],  # To 2^16: beyond, hours of a cost that grows with the square.
     )
     model = AttentionConfig(positions=positions)
