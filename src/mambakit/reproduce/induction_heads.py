@@ -45,11 +45,14 @@ class InductionHeads:
         return Examples(tokens, tokens.gather(-1, place + 1))
 
     def kinds(self, tokens: Tensor) -> Mapping[str, Tensor]:
-        """The special tokens, the one to recall, and the others."""
+        """The special tokens, the one to recall, the one behind it, and the others."""
         special = tokens == self.vocab_size - 1
-        recalled = special.roll(1)
-        recalled[0] = False  # What comes first follows nothing, least of all the last token.
-        return {"other": ~(special | recalled), "special": special, "to recall": recalled}
+        recalled, behind = special.roll(1), special.roll(2) & ~special
+        recalled[:1] = behind[:2] = (
+            False  # What comes first follows nothing, least of all the last token.
+        )
+        other = ~(special | recalled | behind)
+        return {"other": other, "special": special, "to recall": recalled, "behind it": behind}
 
 
 EPOCH = 8192
