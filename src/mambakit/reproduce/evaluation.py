@@ -17,6 +17,8 @@ TRAINING, VALIDATION, TEST = range(3)
 """Streams of random numbers, one for each purpose."""
 CHUNK = 2**15
 """Positions that a Mamba model reads at once; its state goes on from there."""
+OUT_OF_MEMORY = "out of memory"
+"""What stands for a number where a device's memory did not hold the test."""
 
 
 @dataclasses.dataclass
@@ -68,7 +70,7 @@ def score_sequences(
             with autocast(recipe, device):
                 correct, answers = _test_part(model, task, draws, seqlen)
         except torch.OutOfMemoryError:
-            score.error = "out of memory"
+            score.error = OUT_OF_MEMORY
             torch.cuda.empty_cache()
         else:
             score.correct += correct

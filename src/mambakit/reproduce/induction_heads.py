@@ -85,9 +85,12 @@ def _attention(positions: Positions, title: str, epochs: int, paper: list[float]
         validation_lengths=(256,),
         test_lengths=_LENGTHS[:9],  # To 2^14, the last of the paper's.
     )
-    model = AttentionConfig(positions=positions)
+    out_of_memory = [None] * (len(_LENGTHS) - len(paper))
     return Contestant(
-        title=title, model=model, recipe=recipe, paper=dict(zip(_LENGTHS, paper, strict=False))
+        title=title,
+        model=AttentionConfig(positions=positions),
+        recipe=recipe,
+        paper=dict(zip(_LENGTHS, [*paper, *out_of_memory], strict=True)),
     )
 
 

@@ -122,9 +122,9 @@ def draw_accuracy(
             axes[0].plot(*zip(*course, strict=True), color=colour, label=title)
         if several and tested[name]:
             axes[1].plot(*zip(*tested[name], strict=True), "o-", color=colour, label=title)
-            paper = experiment.contestants[name].paper
-            if paper:
-                axes[1].plot(*zip(*paper.items(), strict=True), ":", color=colour)
+            paper = experiment.contestants[name].paper.items()
+            if known := [(n, accuracy) for n, accuracy in paper if accuracy is not None]:
+                axes[1].plot(*zip(*known, strict=True), ":", color=colour)
     axes[0].set_xlabel("optimizer step")
     axes[0].set_ylabel("validation accuracy (%)")
     if several:

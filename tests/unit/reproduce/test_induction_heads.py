@@ -62,6 +62,11 @@ def test_the_experiment_is_the_papers():
         attention = EXPERIMENT.contestants[f"attention-{name}"]
         assert attention.model.positions == name
         assert (attention.recipe.lr, attention.recipe.steps) == (2e-4, steps)
+        assert attention.recipe.test_lengths == tuple(2**n for n in range(6, 15))
+        assert {n for n, accuracy in attention.paper.items() if accuracy is None} == {
+            2**n for n in range(15, 21)
+        }
+        assert attention.paper[256] == 100.0
     for contestant in EXPERIMENT.contestants.values():
         recipe = contestant.recipe
         assert (recipe.seqlen, recipe.batch_size) == (256, 8)
