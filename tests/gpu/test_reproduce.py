@@ -59,10 +59,30 @@ def test_losses_are_those_of_the_cpu_and_a_run_goes_on(name, task, tmp_path: Pat
     assert again.loss == pytest.approx(gpu.loss, rel=1e-4)
 
 
-def test_a_model_learns_in_a_graph_of_many_steps(tmp_path: Path):
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_follows_float32(name, tmp_path: Path):
+    recipe = dataclasses.replace(RECIPE, precision="bfloat16")
+    pair = [
+        Training(
+            TASKS[1],
+            Contestant(title="", model=MODELS[name], recipe=r),
+            tmp_path / r.precision,
+            GPU,
+        )
+        for r in (RECIPE, recipe)
+    ]
+    for _ in range(2):
+        for training in pair:
+            training.go_on()
+        assert pair[1].loss == pytest.approx(pair[0].loss, rel=2e-2)
+        assert pair[1].loss != pair[0].loss
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_model_learns_in_a_graph_of_many_steps(precision, tmp_path: Path):
     """From chance, 14 %, to nearly everything: what compares losses near ln V alone would not see stale weights."""
     contestant = EXPERIMENT.quick["mamba"]
-    recipe = dataclasses.replace(contestant.recipe, steps_per_call=10)
+    recipe = dataclasses.replace(contestant.recipe, steps_per_call=10, precision=precision)
     contestant = dataclasses.replace(contestant, recipe=recipe)
     training = Training(EXPERIMENT.quick_task, contestant, tmp_path, GPU)
     while not training.is_done:

@@ -18,6 +18,7 @@ from mambakit.models.config import MambaConfig
 from mambakit.models.fused_step import fused_step
 from mambakit.models.state import ModelState
 from mambakit.nn.block import Block
+from mambakit.nn.embedding import embed
 from mambakit.nn.h3 import H3Mixer
 from mambakit.nn.linear import Linear
 from mambakit.nn.mixer import MambaMixer
@@ -50,7 +51,7 @@ class Backbone(nn.Module):
         self, tokens: Tensor, state: ModelState | None = None, *, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
         """Tokens (B, L) to hidden vectors (B, L, M), and the state after the last position."""
-        hidden: Tensor = self.embedding(tokens)
+        hidden = embed(self.embedding, tokens)
         residual: Tensor | None = None
         old_states = [None] * len(self.layers) if state is None else state.layers
         states = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from mambakit.models.transformer import rotate
+from mambakit.nn.embedding import embed
 
 Positions = Literal["absolute", "rope", "xpos"]
 _WAVELENGTHS = 10000.0
@@ -58,11 +58,11 @@ class AttentionModel(nn.Module):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """What the head sees: tokens (B, L) to (B, L, M)."""
-        hidden: Tensor = self.embedding(tokens)
+        hidden = embed(self.embedding, tokens)
         seqlen, config = tokens.shape[1], self.config
         if config.positions == "absolute":
-            sines = torch.cat(_turns(seqlen, config.d_model, tokens.device), dim=-1)
-            hidden = hidden + sines
+            angles = _angles(seqlen, config.d_model, tokens.device)
+            hidden = hidden + torch.cat([angles.cos(), angles.sin()], dim=-1)
         rotations = _rotations(seqlen, config, tokens.device)
         for layer in self.layers:
             hidden = layer(hidden, rotations)
@@ -74,8 +74,8 @@ class AttentionModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-Rotations = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""cos and sin, times a factor with xPos, of each pair of numbers at each position: for queries and for keys."""
+Rotations = tuple[Tensor, Tensor]
+"""The complex number that turns each pair of numbers at each position, (L, d_head / 2): for queries and for keys."""
 
 
 class _Layer(nn.Module):
@@ -91,30 +91,36 @@ class _Layer(nn.Module):
         qkv = self.qkv_proj(self.norm(hidden)).unflatten(-1, (3, self.n_head, -1))
         q, k, v = qkv.transpose(1, 3).unbind(2)
         if rotations is not None:
-            q, k = rotate(q, rotations[0]), rotate(k, rotations[1])
+            q, k = _rotate(q, rotations[0]), _rotate(k, rotations[1])
         y = scaled_dot_product_attention(q, k, v, is_causal=True)
         out: Tensor = hidden + self.out_proj(y.transpose(1, 2).flatten(2))
         return out
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Multiply the pairs (x_2i, x_2i+1) of x, (B, H, L, d_head), as complex numbers."""
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
 def _rotations(seqlen: int, config: AttentionConfig, device: torch.device) -> Rotations | None:
     if config.positions == "absolute":
         return None
     d_head = config.d_model // config.n_head
-    cos, sin = _turns(seqlen, d_head, device)
+    angles = _angles(seqlen, d_head, device)
     if config.positions == "rope":
-        return (cos, sin), (cos, sin)
+        rotation = torch.polar(torch.ones_like(angles), angles)
+        return rotation, rotation
     even = torch.arange(0, d_head, 2, device=device)
     base = (even / d_head + _XPOS_GAMMA) / (1 + _XPOS_GAMMA)
     # Only differences of positions matter; from the middle, powers are in float32's range twice as far.
     places = torch.arange(seqlen, device=device) - seqlen // 2
     scale = base ** (places[:, None] / _XPOS_SCALE)
-    return (cos * scale, sin * scale), (cos / scale, sin / scale)
+    return torch.polar(scale, angles), torch.polar(1 / scale, angles)
 
 
-def _turns(seqlen: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angle of each pair of `width` numbers at each position, (L, width / 2)."""
+def _angles(seqlen: int, width: int, device: torch.device) -> Tensor:
+    """The angle of each pair of `width` numbers at each position, (L, width / 2)."""
     even = torch.arange(0, width, 2, device=device)
     places = torch.arange(seqlen, device=device)
-    angles = places[:, None] * _WAVELENGTHS ** (-even / width)
-    return angles.cos(), angles.sin()
+    return places[:, None] * _WAVELENGTHS ** (-even / width)

@@ -10,13 +10,15 @@ import torch
 from mambakit.models.language_model import MambaLanguageModel
 from mambakit.reproduce.draws import Draws
 from mambakit.reproduce.experiment import Task
-from mambakit.reproduce.models import SequenceModel, answer_logits_in_chunks
+from mambakit.reproduce.models import SequenceModel, answer_logits_in_chunks, autocast
 from mambakit.reproduce.recipe import Recipe
 
 TRAINING, VALIDATION, TEST = range(3)
 """Streams of random numbers, one for each purpose."""
 CHUNK = 2**15
 """Positions that a Mamba model reads at once; its state goes on from there."""
+OUT_OF_MEMORY = "out of memory"
+"""What stands for a number where a device's memory did not hold the test."""
 
 
 @dataclasses.dataclass
@@ -58,17 +60,17 @@ def score_sequences(
     wanted = recipe.test_sequences if is_test else recipe.validation_sequences
     at_once = seqlen if not isinstance(model, MambaLanguageModel) else min(seqlen, CHUNK)
     part = max(1, recipe.tokens_at_once // at_once)
+    device = next(model.parameters()).device
     while score.sequences < wanted and score.error is None:
         count = min(part, wanted - score.sequences)
         try:
-            correct, answers = _test_part(
-                model,
-                task,
-                Draws(recipe.seed, purpose, _range(model, score.sequences, count)),
-                seqlen,
+            draws = Draws(
+                recipe.seed, purpose, torch.arange(count, device=device) + score.sequences
             )
+            with autocast(recipe, device):
+                correct, answers = _test_part(model, task, draws, seqlen)
         except torch.OutOfMemoryError:
-            score.error = "out of memory"
+            score.error = OUT_OF_MEMORY
             torch.cuda.empty_cache()
         else:
             score.correct += correct
@@ -93,7 +95,3 @@ def _test_part(model: SequenceModel, task: Task, draws: Draws, seqlen: int) -> t
     tokens, targets = (tensor.flatten(0, 1) for tensor in task.make(draws, 1, seqlen))
     logits = answer_logits_in_chunks(model, tokens, task.answers, CHUNK)
     return int((logits.argmax(-1) == targets).sum()), targets.numel()
-
-
-def _range(model: SequenceModel, first: int, count: int) -> torch.Tensor:
-    return torch.arange(first, first + count, device=next(model.parameters()).device)

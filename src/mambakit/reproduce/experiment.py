@@ -47,8 +47,9 @@ class Contestant:
     """Its shape."""
     recipe: Recipe
     """How it is trained and tested."""
-    paper: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    """The paper's accuracy in percent, by test length; what the paper does not give is left out."""
+    paper: Mapping[int, float | None] = dataclasses.field(default_factory=dict)
+    """The paper's accuracy in percent, by test length; None where it ran out of memory. What it does not give is left
+    out."""
 
     def to_dict(self) -> dict[str, Any]:
         """All that decides a run, as plain values."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from mambakit.models.config import MambaConfig
 from mambakit.models.language_model import MambaLanguageModel
 from mambakit.reproduce.attention import AttentionConfig, AttentionModel
+from mambakit.reproduce.recipe import Recipe
 
 SequenceModel = MambaLanguageModel | AttentionModel
 
@@ -19,6 +20,11 @@ def build(config: MambaConfig | AttentionConfig, seed: int) -> SequenceModel:
         if isinstance(config, MambaConfig):
             return MambaLanguageModel(config)
         return AttentionModel(config)
+
+
+def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """The precision of the recipe, for training and for tests alike."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
 
 
 def answer_logits(model: SequenceModel, tokens: Tensor, answers: int) -> Tensor:

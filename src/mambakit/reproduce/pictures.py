@@ -26,7 +26,9 @@ ACCURACY = "accuracy.png"
 STEPS = "dt.png"
 SHOWN = 192
 """Longest sequence that a picture of dt shows, so that single positions can be seen."""
-_KIND_COLOURS = ("tab:gray", "tab:blue", "tab:orange")
+FLOOR = -8
+"""log10 of the dt below which all is one colour: a hundred million steps of it would still change next to nothing."""
+_KIND_COLOURS = ("tab:gray", "tab:blue", "tab:orange", "tab:red")
 
 
 def has_steps(model: SequenceModel) -> bool:
@@ -56,8 +58,8 @@ def draw_steps(model: SequenceModel, task: Task, recipe: Recipe, path: Path) -> 
     """Draw dt over a test sequence: which tokens are let in, and which are passed over.
 
     For each layer the channels over the positions, sorted by how much larger dt is at the tokens that matter than at
-    the rest; below, its geometric mean over the channels, coloured by the kind of token. The sequence is as long as
-    those of the training, or `SHOWN` where that is shorter.
+    the rest; below, the geometric mean over the upper quarter of them, coloured by the kind of token. The sequence is
+    as long as those of the training, or `SHOWN` where that is shorter.
     """
     assert isinstance(model, MambaLanguageModel)
     device = next(model.parameters()).device
@@ -69,15 +71,17 @@ def draw_steps(model: SequenceModel, task: Task, recipe: Recipe, path: Path) -> 
     axes = figure.subplots(2 * len(layers), 1, sharex=True, height_ratios=[2, 1] * len(layers))
     for number, dt in enumerate(layers):
         above, below = axes[2 * number : 2 * number + 2]
-        rest, *others = kinds.values()
-        matters = torch.stack(others).any(0)
-        order = (dt[matters].log().mean(0) - dt[rest].log().mean(0)).argsort(descending=True)
-        channels = dt[:, order].log10().T.numpy()
-        image = above.imshow(channels, aspect="auto", interpolation="nearest")
+        dt = dt[:, most_selective(dt, kinds)]
+        image = above.imshow(
+            dt.log10().T.numpy(),
+            aspect="auto",
+            interpolation="nearest",
+            vmin=max(FLOOR, float(dt.min().log10())),
+        )
         figure.colorbar(image, ax=[above, below], label="log10 dt", fraction=0.03, pad=0.01)
         above.set_ylabel("channel, sorted")
         above.set_title(f"layer {number + 1}")
-        _draw_means(below, dt.log().mean(-1).exp(), kinds)
+        _draw_means(below, dt[:, : dt.shape[1] // 4].log().mean(-1).exp(), kinds)
     figure.legend(
         *axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds)
     )
@@ -85,13 +89,21 @@ def draw_steps(model: SequenceModel, task: Task, recipe: Recipe, path: Path) -> 
     _save(figure, path)
 
 
+def most_selective(dt: Tensor, kinds: Mapping[str, Tensor]) -> Tensor:
+    """Channels of dt, (L, D), by how much larger it is where it matters than at the first kind of token; most first."""
+    rest, *others = kinds.values()
+    matters = torch.stack(others).any(0)
+    return (dt[matters].log().mean(0) - dt[rest].log().mean(0)).argsort(descending=True)
+
+
 def _draw_means(axes: Axes, means: Tensor, kinds: Mapping[str, Tensor]) -> None:
-    for (name, mask), colour in zip(kinds.items(), _KIND_COLOURS, strict=True):
+    for (name, mask), colour in zip(kinds.items(), _KIND_COLOURS, strict=False):
         places = mask.nonzero().flatten()
         axes.plot(
             places.numpy(), means[places].numpy(), "o", color=colour, markersize=3, label=name
         )
-    axes.set_ylabel("mean dt")
+    axes.set_ylabel("mean dt, upper\nquarter")
+    axes.set_yscale("log")
     axes.grid(alpha=0.3)
 
 
@@ -110,9 +122,9 @@ def draw_accuracy(
             axes[0].plot(*zip(*course, strict=True), color=colour, label=title)
         if several and tested[name]:
             axes[1].plot(*zip(*tested[name], strict=True), "o-", color=colour, label=title)
-            paper = experiment.contestants[name].paper
-            if paper:
-                axes[1].plot(*zip(*paper.items(), strict=True), ":", color=colour)
+            paper = experiment.contestants[name].paper.items()
+            if known := [(n, accuracy) for n, accuracy in paper if accuracy is not None]:
+                axes[1].plot(*zip(*known, strict=True), ":", color=colour)
     axes[0].set_xlabel("optimizer step")
     axes[0].set_ylabel("validation accuracy (%)")
     if several:

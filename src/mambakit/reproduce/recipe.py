@@ -12,8 +12,8 @@ from mambakit.errors import ConfigError
 class Recipe:
     """One model's training and test, complete: the same recipe gives the same data and the same course.
 
-    Adam with its default betas, no weight decay, no clipping, constant learning rate, float32, loss on the answers
-    alone. Intervals are multiples of one another, so that a run that goes on does what it would have done.
+    Adam with its default betas, no weight decay, no clipping, constant learning rate, loss on the answers alone.
+    Intervals are multiples of one another, so that a run that goes on does what it would have done.
 
     Raises:
         ConfigError: A field has a value outside its range.
@@ -27,6 +27,8 @@ class Recipe:
     """Constant learning rate."""
     steps: int
     """Most optimizer steps."""
+    precision: str = "float32"
+    """float32, or bfloat16: matrix products and activations in that (autocast); weights and optimizer stay float32."""
     steps_per_call: int = 8
     """Steps done at once: one CUDA graph, and one making of data, for all of them."""
     log_every: int = 64
@@ -63,6 +65,8 @@ class Recipe:
         for name in ("validation_sequences", "test_sequences", "tokens_at_once"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("lr", 0 < self.lr < 10, "between 0 and 10")
+        precisions = ("float32", "bfloat16")
+        self._require("precision", self.precision in precisions, "float32 or bfloat16")
         self._require("hold", self.hold >= 0, "at least 0")
         for small, large in (
             ("steps_per_call", "log_every"),

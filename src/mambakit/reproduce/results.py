@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mambakit.files import atomic_write
-from mambakit.reproduce.experiment import Experiment
+from mambakit.reproduce.evaluation import OUT_OF_MEMORY
+from mambakit.reproduce.experiment import Contestant, Experiment
 
 RESULT = "result.json"
 RESULTS = "results.json"
@@ -46,9 +47,7 @@ def table(experiment: Experiment, results: Mapping[str, Mapping[str, Any]]) -> l
             steps = f"{result['step']:,}{early}"
             rows.append([contestant.title, f"{result['parameters']:,}", steps, *cells])
         if contestant.paper:
-            cells = [
-                f"{contestant.paper[n]:.1f}" if n in contestant.paper else "-" for n in lengths
-            ]
+            cells = [_paper_cell(contestant, n) for n in lengths]
             rows.append([f"{contestant.title}: paper", "", "", *cells])
     return rows
 
@@ -65,6 +64,13 @@ def _cell(result: Mapping[str, Any], seqlen: int, is_wanted: bool) -> str:
     if score is None or (score["error"] is None and not score["is_whole"]):
         return "…"
     return score["error"] or f"{score['accuracy_percent']:.1f}"
+
+
+def _paper_cell(contestant: Contestant, seqlen: int) -> str:
+    if seqlen not in contestant.paper:
+        return "-"
+    accuracy = contestant.paper[seqlen]
+    return OUT_OF_MEMORY if accuracy is None else f"{accuracy:.1f}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

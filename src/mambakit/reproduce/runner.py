@@ -166,7 +166,8 @@ class _Run:
 
     def _progress(self) -> str:
         training = self._training
-        rate = training.step / training.seconds
+        rate = training.steps_per_second
+        assert rate is not None  # A reading is behind us.
         left = (training.recipe.steps - training.step) / rate / 60
         last = (
             f", validation {training.history[-1]['accuracy_percent']:.1f} %"
@@ -188,7 +189,7 @@ class _Run:
             "step": training.step,
             "stopped_early": training.stopped_early,
             "training_seconds": training.seconds,
-            "steps_per_second": training.step / training.seconds if training.seconds else None,
+            "steps_per_second": training.steps_per_second,
             "test_seconds": self._test_seconds,
             "history": training.history,
             "test": {str(n): self._describe(n) for n in sorted(self._scores)},

@@ -17,7 +17,7 @@ from mambakit.files import atomic_write
 from mambakit.reproduce.draws import Draws
 from mambakit.reproduce.evaluation import TRAINING, validate
 from mambakit.reproduce.experiment import Contestant, Task
-from mambakit.reproduce.models import answer_logits, build
+from mambakit.reproduce.models import answer_logits, autocast, build
 from mambakit.train.step_graph import StepGraph
 
 CHECKPOINT = "checkpoint.pt"
@@ -40,6 +40,8 @@ class Training:
         step: Optimizer steps done.
         loss: Mean loss since the last reading, nats.
         seconds: Time that the steps took, without validation.
+        warm_steps: Steps after the first reading of each process, which compiles kernels and captures the graph.
+        warm_seconds: Time that they took.
         history: Of each validation: step, mean training loss since the last one in nats, accuracy in percent.
         held: Validations in a row, up to the last one, that reached the target.
 
@@ -56,10 +58,13 @@ class Training:
         self.step = 0
         self.loss = math.nan
         self.seconds = 0.0
+        self.warm_steps = 0
+        self.warm_seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.held = 0
         self._path = folder / CHECKPOINT
         self._loss_since = 0.0
+        self._is_warm = False
         on_gpu = device.type == "cuda"
         self._optimizer = torch.optim.Adam(
             self.model.parameters(), lr=self.recipe.lr, fused=True, capturable=on_gpu
@@ -79,6 +84,13 @@ class Training:
         """Whether it ended because validation held the target."""
         return 0 < self.recipe.hold <= self.held
 
+    @property
+    def steps_per_second(self) -> float | None:
+        """Pace of the warm steps, or of all if there are none; None before the first."""
+        if self.warm_steps:
+            return self.warm_steps / self.warm_seconds
+        return self.step / self.seconds if self.step else None
+
     def go_on(self) -> None:
         """Train up to the next reading of the loss; validate and save when it is time to.
 
@@ -92,8 +104,13 @@ class Training:
         for _ in range(calls):
             total += self._advance()
         self.loss = float(total) / recipe.log_every  # The one wait for the GPU.
-        self.seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
         self.step += recipe.log_every
+        if self._is_warm:
+            self.warm_steps += recipe.log_every
+            self.warm_seconds += seconds
+        self._is_warm = True
         if not math.isfinite(self.loss):
             raise TrainingError(
                 f"step {self.step}: the loss is {self.loss}; the last checkpoint is {self._path}"
@@ -121,8 +138,9 @@ class Training:
         examples = self.task.make(draws, recipe.batch_size, recipe.seqlen)
         losses = []
         for tokens, targets in zip(*examples, strict=True):
-            logits = answer_logits(self.model, tokens, self.task.answers)
-            loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
+            with autocast(recipe, tokens.device):
+                logits = answer_logits(self.model, tokens, self.task.answers)
+            loss = cross_entropy(logits.float().flatten(0, 1), targets.flatten())
             torch.autograd.backward(loss)
             self._optimizer.step()
             self._optimizer.zero_grad()
@@ -149,7 +167,9 @@ class Training:
         self._counter.fill_(self.step)
 
 
-_PLAIN = ("step", "loss", "seconds", "history", "held", "_loss_since")
+_PLAIN = (
+    "step", "loss", "seconds", "warm_steps", "warm_seconds", "history", "held", "_loss_since",
+)  # fmt: skip
 """Attributes of a training that its checkpoint holds as plain values."""
 
 

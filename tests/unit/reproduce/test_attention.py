@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mambakit.reproduce.attention import AttentionConfig, AttentionModel, _rotations
+from mambakit.reproduce.attention import AttentionConfig, AttentionModel, _rotate, _rotations
 
 POSITIONS = ["absolute", "rope", "xpos"]
 
@@ -33,14 +33,22 @@ def test_it_sees_the_past_alone_and_its_order(positions):
 def test_scores_are_those_of_the_definition(positions):
     """q_n . k_m is Re sum of q k* exp(i (n - m) theta), times zeta^((n - m) / 512) with xPos."""
     config = AttentionConfig(positions=positions)
-    (q_cos, q_sin), (k_cos, k_sin) = _rotations(700, config, torch.device("cpu"))
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 700, 16)
+    of_q, of_k = _rotations(700, config, torch.device("cpu"))
     n, m = 690, 11
     pair = torch.arange(8)
     theta = 10000.0 ** (-2 * pair / 16)
     zeta = (2 * pair / 16 + 0.4) / 1.4 if positions == "xpos" else torch.ones(8)
     wanted = zeta ** ((n - m) / 512) * torch.cos((n - m) * theta)
-    got = q_cos[n] * k_cos[m] + q_sin[n] * k_sin[m]
+    got = (of_q[n] * of_k[m].conj()).real
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    score = _rotate(q, of_q)[0, 0, n] @ _rotate(k, of_k)[0, 0, m]
+    products = (
+        torch.complex(*q[0, 0, n].view(8, 2).T) * torch.complex(*k[0, 0, m].view(8, 2).T).conj()
+    )
+    turned = products * torch.polar(zeta ** ((n - m) / 512), (n - m) * theta)
+    torch.testing.assert_close(score, turned.real.sum(), rtol=1e-3, atol=1e-4)
 
 
 def test_absolute_positions_are_sines():

@@ -34,15 +34,21 @@ def test_every_token_and_every_place_is_as_likely():
 
 
 def test_kinds_cover_the_sequence():
-    kinds = InductionHeads(4).kinds(torch.tensor([1, 3, 0, 2, 3]))
+    kinds = InductionHeads(4).kinds(torch.tensor([1, 3, 0, 2, 1, 3]))
     assert {name: mask.int().tolist() for name, mask in kinds.items()} == {
-        "other": [1, 0, 0, 1, 0],
-        "special": [0, 1, 0, 0, 1],
-        "to recall": [0, 0, 1, 0, 0],
+        "other": [1, 0, 0, 0, 1, 0],
+        "special": [0, 1, 0, 0, 0, 1],
+        "to recall": [0, 0, 1, 0, 0, 0],
+        "behind it": [0, 0, 0, 1, 0, 0],
     }
-    # What comes first follows nothing.
-    kinds = InductionHeads(4).kinds(torch.tensor([3, 1, 0, 3]))
-    assert kinds["to recall"].int().tolist() == [0, 1, 0, 0]
+    # What comes first follows nothing, and a special token is no other kind.
+    kinds = InductionHeads(4).kinds(torch.tensor([3, 1, 3]))
+    assert {name: mask.int().tolist() for name, mask in kinds.items()} == {
+        "other": [0, 0, 0],
+        "special": [1, 0, 1],
+        "to recall": [0, 1, 0],
+        "behind it": [0, 0, 0],
+    }
 
 
 def test_the_experiment_is_the_papers():
@@ -56,6 +62,11 @@ def test_the_experiment_is_the_papers():
         attention = EXPERIMENT.contestants[f"attention-{name}"]
         assert attention.model.positions == name
         assert (attention.recipe.lr, attention.recipe.steps) == (2e-4, steps)
+        assert attention.recipe.test_lengths == tuple(2**n for n in range(6, 15))
+        assert {n for n, accuracy in attention.paper.items() if accuracy is None} == {
+            2**n for n in range(15, 21)
+        }
+        assert attention.paper[256] == 100.0
     for contestant in EXPERIMENT.contestants.values():
         recipe = contestant.recipe
         assert (recipe.seqlen, recipe.batch_size) == (256, 8)

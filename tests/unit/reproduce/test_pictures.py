@@ -6,7 +6,7 @@ from torch.nn.functional import softplus
 from mambakit.models import MambaConfig, MambaLanguageModel
 from mambakit.reproduce import Experiment
 from mambakit.reproduce.models import build
-from mambakit.reproduce.pictures import has_steps, time_steps
+from mambakit.reproduce.pictures import has_steps, most_selective, time_steps
 
 
 def test_time_steps_are_those_of_the_scan():
@@ -28,3 +28,17 @@ def test_time_steps_are_those_of_the_scan():
 def test_who_has_time_steps(tiny: Experiment):
     have = {name for name, c in tiny.contestants.items() if has_steps(build(c.model, 0))}
     assert have == {"mamba"}
+
+
+def test_channels_are_sorted_by_what_they_let_in():
+    kinds = {name: torch.tensor(mask) for name, mask in (
+        ("noise", [True, False, True, False]),
+        ("data", [False, True, False, False]),
+        ("marker", [False, False, False, True]),
+    )}  # fmt: skip
+    dt = torch.tensor(
+        [[1.0, 8.0, 0.1], [1.0, 2.0, 1.0], [4.0, 2.0, 0.1], [1.0, 2.0, 1.0]]
+    )  # At what matters 1 / 2, 1 / 2 and 10 times as large; 8 and 2 have the mean 4.
+    assert most_selective(dt, kinds).tolist()[0] == 2
+    dt[1, 0] = 4
+    assert most_selective(dt, kinds).tolist() == [2, 0, 1]

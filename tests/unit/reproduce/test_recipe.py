@@ -17,6 +17,7 @@ from mambakit.reproduce.catalogue import EXPERIMENTS
         ({"batch_size": 0}, "batch_size is 0, not at least 1"),
         ({"test_sequences": 0}, "test_sequences is 0, not at least 1"),
         ({"lr": 0.0}, "lr is 0.0, not between 0 and 10"),
+        ({"precision": "half"}, "precision is 'half', not float32 or bfloat16"),
         ({"hold": -1}, "hold is -1, not at least 0"),
         ({"log_every": 5}, "log_every is 5, not a multiple of steps_per_call = 2"),
         ({"validate_every": 6}, "validate_every is 6, not a multiple of log_every = 4"),

@@ -9,6 +9,7 @@ import torch
 
 from mambakit.errors import CheckpointError, TrainingError
 from mambakit.reproduce import Contestant, Experiment
+from mambakit.reproduce import training as training_module
 from mambakit.reproduce.training import CHECKPOINT, Training
 
 CPU = torch.device("cpu")
@@ -113,3 +114,47 @@ def test_a_damaged_checkpoint_is_told(tiny: Experiment, tmp_path: Path):
     (tmp_path / CHECKPOINT).write_bytes(b"no checkpoint")
     with pytest.raises(CheckpointError, match="damaged .* remove it to train the model again"):
         Training(tiny.task, tiny.contestants["mamba"], tmp_path, CPU)
+
+
+def test_the_pace_leaves_out_what_a_process_begins_with(tiny: Experiment, tmp_path, monkeypatch):
+    clock = iter(
+        [0.0, 10.0, 20.0, 21.0, 30.0, 33.0, 0.0, 50.0, 60.0, 64.0]
+    )  # Begin and end of each reading.
+    monkeypatch.setattr(training_module.time, "perf_counter", lambda: next(clock))
+    contestant = tiny.contestants["mamba"]
+    first = Training(tiny.task, contestant, tmp_path, CPU)
+    assert first.steps_per_second is None
+    first.go_on()
+    assert first.steps_per_second == 4 / 10  # There is nothing better yet.
+    first.go_on()
+    first.go_on()
+    first.save()
+    assert first.steps_per_second == 8 / 4
+    again = Training(tiny.task, contestant, tmp_path, CPU)
+    assert again.steps_per_second == 8 / 4
+    again.go_on()
+    assert again.steps_per_second == 8 / 4
+    again.go_on()
+    assert again.steps_per_second == 12 / 8
+    assert again.seconds == 10 + 4 + 50 + 4
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_training_and_validation_have_the_precision(
+    tiny: Experiment, tmp_path: Path, name, precision, dtype
+):
+    contestant = changed(tiny.contestants[name], precision=precision)
+    training = Training(tiny.task, contestant, tmp_path, CPU)
+    seen = set()
+    training.model.lm_head.register_forward_hook(
+        lambda _, __, out: seen.add((training.model.training, torch.is_grad_enabled(), out.dtype))
+    )
+    finish(training)
+    assert seen == {(True, True, dtype), (True, False, dtype)}  # Steps and validations.
+    assert {p.dtype for p in training.model.parameters()} == {torch.float32}
+    plain = finish(Training(tiny.task, tiny.contestants[name], tmp_path / "plain", CPU))
+    assert training.loss == pytest.approx(plain.loss, rel=0.02)
+    assert (training.loss == plain.loss) == (precision == "float32")
