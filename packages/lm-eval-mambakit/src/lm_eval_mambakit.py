@@ -8,6 +8,7 @@ name. Where nobody imports lm_eval, nothing else is imported.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 
@@ -30,7 +31,9 @@ class Finder:
     """Finds that one module as Python does, for another loader."""
 
     @staticmethod
-    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: object = None
+    ) -> ModuleSpec | None:
         """Answer for that module alone."""
         spec = PathFinder.find_spec(name, path) if name == TABLE else None
         if spec is not None and spec.origin is not None:
