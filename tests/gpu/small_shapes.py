@@ -1,6 +1,6 @@
 """One op, forward and backward, or decoding, on small shapes, for compute-sanitizer: `small_shapes.py NAME`.
 
-The scan runs in one piece and in three.
+The scan runs as its sizes want it, in one piece and in three.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from examples import OPS, STEPS, call, on
 
 from mambakit.models import MambaConfig, MambaLanguageModel
+from mambakit.ops.cuda import selective_scan
 
 
 def main(name: str) -> None:
@@ -40,12 +41,10 @@ def run_op(name: str) -> None:
         for key, tensor in inputs.items()
         if key not in ("initial_state", "ssm_state", "conv_state")
     }
+    is_scan = name.startswith("selective_scan") and name in OPS
     for tensors in (inputs, narrow) if name in OPS else (inputs,):
-        for chunks in (1, 3) if name.startswith("selective_scan") and name in OPS else (None,):
-            if chunks is not None:
-                from mambakit.ops.cuda import selective_scan
-
-                selective_scan.CHUNKS = chunks
+        for chunks in (None, 1, 3) if is_scan else (None,):
+            selective_scan.CHUNKS, selective_scan.IS_NARROW = chunks, chunks is None
             call(op, on("cuda", tensors, has_gradient=name in OPS))
 
 

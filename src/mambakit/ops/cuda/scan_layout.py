@@ -106,6 +106,40 @@ def layout(d_state: int, is_complex: bool) -> Layout:
     return next(form for form in forms if form.backward_bytes(4) <= SHARED_LIMIT or form.warps == 1)
 
 
+class Narrow(NamedTuple):
+    """A block of `scan_narrow`; see kernels/selective_scan_narrow.cu."""
+
+    warps: int = 4
+    """Warps that walk; as many help."""
+    tile: int = 64
+    """Steps that the helpers are ahead."""
+
+    def blocks(self, width: int) -> int:
+        """Blocks that `width` channels of a group need."""
+        return -(-width // (4 * self.warps))
+
+    def constants(self) -> dict[str, int]:
+        """As the kernel reads them."""
+        common = {"STATES": 2, "SPREAD": 8, "CHANNELS": 1, "COMPLEX": 0, "SAVE_EVERY": 16}
+        sizes = {"WARPS": self.warps, "TILE": self.tile, "MIN_BLOCKS": NARROW_PACE.resident}
+        return {**common, **sizes, "SHARED_BYTES": self.bytes()}
+
+    def bytes(self) -> int:
+        """Shared memory: steps and sums of y of two tiles, inputs of four, restarts."""
+        ring = 2 * self.tile
+        rows = self.warps * (4 * ring * 8 + 48) + self.warps * (8 * (ring + 16) * 4 + 48)
+        inputs = 4 * self.tile * (2 * 16 + 3 * 4 * self.warps) * 2
+        return _aligned(rows + inputs + 4 * ring)
+
+
+NARROW = Narrow()
+
+
+def takes_narrow(form: Layout, io_bytes: int) -> bool:
+    """Whether `scan_narrow` knows the sizes: 9 to 16 real states, in half precision."""
+    return form.on_tensor_cores and io_bytes == 2
+
+
 class Pace(NamedTuple):
     """How fast a kernel goes with blocks of a layout; measured on an H100."""
 
@@ -121,11 +155,15 @@ class Pace(NamedTuple):
 
 FORWARD = {2: Pace(5, 1.5, 0.78, 0.75), 1: Pace(4, 1.95, 0.4, 0.75)}
 """By channels a lane."""
+NARROW_PACE = Pace(2, 0.19, 0.26, 0.0)
+"""Of `scan_narrow`, which is never cut in time."""
 BACKWARD = Pace(3, 0.95, 1.0, 0.2)
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(blocks: int, seqlen: int, multiprocessors: int, pace: Pace) -> tuple[int, float]:
+def plan(
+    blocks: int, seqlen: int, multiprocessors: int, pace: Pace, most: int = 64
+) -> tuple[int, float]:
     """Into how many chunks to cut time.
 
     Args:
@@ -133,6 +171,7 @@ def plan(blocks: int, seqlen: int, multiprocessors: int, pace: Pace) -> tuple[in
         seqlen: L.
         multiprocessors: Of the device.
         pace: Of the kernel.
+        most: Chunks at most.
 
     Returns:
         The number with the smallest estimated time, and that, in units that compare layouts: waves
@@ -145,7 +184,7 @@ def plan(blocks: int, seqlen: int, multiprocessors: int, pace: Pace) -> tuple[in
         passes += -(-rest // multiprocessors) + pace.floor if rest else 0.0
         return pace.cost * passes / chunks * (1 + pace.extra * (chunks - 1) / chunks)
 
-    best = min(range(1, max(1, min(64, seqlen // 128)) + 1), key=time)
+    best = min(range(1, max(1, min(most, seqlen // 128)) + 1), key=time)
     return best, time(best)
 
 
@@ -169,6 +208,9 @@ def variants() -> Variants:
             for mode in ("CHUNK_STATES", "OUTPUTS", "CHUNK_ADJOINTS"):
                 found.append(forward_kernel(form._replace(channels=channels), mode, common))
         found.append(backward_kernel(form, size, "scan_backward", common))
+        if takes_narrow(form, size):
+            lanes = {"B_LANES": 8 if aligned else 1, "C_LANES": 8 if aligned else 2}
+            found.append(narrow_kernel({**common, **lanes}))
     return found
 
 
@@ -183,6 +225,11 @@ def forward_kernel(
     constants |= {"TILE": form.tile, "SEGMENT": form.segment}
     constants |= {**form.constants(), **options, "SHARED_BYTES": form.forward_bytes()}
     return "selective_scan_forward.cu", "scan_forward", constants
+
+
+def narrow_kernel(options: dict[str, int | str]) -> tuple[str, str, dict[str, int | str]]:
+    """File, name and constants of `scan_narrow`."""
+    return "selective_scan_narrow.cu", "scan_narrow", {**NARROW.constants(), **options}
 
 
 def backward_kernel(

@@ -16,11 +16,15 @@ from mambakit.ops.cuda.scan_layout import (
     BACKWARD,
     FORWARD,
     MOST_STATES,
+    NARROW,
+    NARROW_PACE,
     Pace,
     backward_kernel,
     forward_kernel,
     layout,
+    narrow_kernel,
     plan,
+    takes_narrow,
     variants,
 )
 from mambakit.ops.scan_gradients import operators
@@ -30,6 +34,9 @@ __all__ = ["selective_scan", "variants"]
 
 CHUNKS: int | None = None
 """How many chunks to cut time into, for tests; None lets `plan` choose."""
+IS_NARROW: bool | None = False
+"""Whether few channels are walked by `scan_narrow`; None lets `plan` choose. Not before all of its tests have run on a GPU;
+its speed and some values have been seen on one (docs/lab-notes.md)."""
 
 
 def selective_scan(
@@ -107,13 +114,20 @@ def _run_forward(
     start = None if initial_state is None else initial_state.to(A.dtype).contiguous()
     if batch == 0 or seqlen == 0 or d_inner == 0:
         return y.to(x.dtype), final_state.zero_() if start is None else start.clone(), saved
-    chunk, chunks = inputs.cut_forward()
-    ends, sums = inputs.chunk_states(chunks)
-    arguments = (
+    tensors = (
         inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.dt_bias, start, inputs.restart,
-        y, final_state, saved if save else None, ends, sums, seqlen, d_inner, A.shape[1], inputs.groups, chunk, chunks,
+        y, final_state, saved if save else None,
+    )  # fmt: skip
+    sizes = (seqlen, d_inner, A.shape[1], inputs.groups)
+    strides = (
         *_rows(inputs.x), *_rows(inputs.dt), *_rows(inputs.z), *_weight_rows(inputs.B), *_weight_rows(inputs.C),
     )  # fmt: skip
+    if inputs.is_narrow():
+        inputs.run_narrow(*tensors, *sizes, *strides)
+        return y.to(x.dtype), final_state, saved
+    chunk, chunks = inputs.cut_forward()
+    ends, sums = inputs.chunk_states(chunks)
+    arguments = (*tensors, ends, sums, *sizes, chunk, chunks, *strides)
     if chunks > 1:
         inputs.run("CHUNK_STATES", (inputs.blocks, chunks - 1), *arguments)
     inputs.run("OUTPUTS", (inputs.blocks, chunks), *arguments)
@@ -277,6 +291,11 @@ class _Inputs:
         """Blocks of one chunk."""
         return self.x.shape[0] * self.row_blocks
 
+    @property
+    def narrow_blocks(self) -> int:
+        """Blocks of `scan_narrow`."""
+        return self.x.shape[0] * self.groups * NARROW.blocks(self.x.shape[2] // self.groups)
+
     def cut(self, pace: Pace) -> tuple[int, int]:
         """Steps of a chunk, a multiple of what kernels hold at a time, and the number of chunks."""
         seqlen = self.x.shape[1]
@@ -284,20 +303,27 @@ class _Inputs:
         chunk = -(-seqlen // (32 * chunks)) * 32
         return chunk, -(-seqlen // chunk)
 
+    def forward_time(self, channels: int) -> float:
+        """What `plan` estimates with so many channels a lane."""
+        form, self.form = self.form, self.form._replace(channels=channels)
+        blocks, self.form = self.blocks, form
+        return plan(blocks, self.x.shape[1], multiprocessors(self.x.device), FORWARD[channels])[1]
+
     def cut_forward(self) -> tuple[int, int]:
         """As `cut`, with one channel a lane if that is faster: it makes twice as many blocks."""
-        wide = self.form
-        paces = {n: pace for n, pace in FORWARD.items() if n <= wide.channels}
+        channels = min((n for n in FORWARD if n <= self.form.channels), key=self.forward_time)
+        self.form = self.form._replace(channels=channels)
+        return self.cut(FORWARD[channels])
 
-        def time(channels: int) -> float:
-            self.form = wide._replace(channels=channels)
-            return plan(
-                self.blocks, self.x.shape[1], multiprocessors(self.x.device), paces[channels]
-            )[1]
-
-        channels = min(paces, key=time)
-        self.form = wide._replace(channels=channels)
-        return self.cut(paces[channels])
+    def is_narrow(self) -> bool:
+        """Whether `scan_narrow` knows the sizes, and is faster than any other way."""
+        if CHUNKS is not None or not takes_narrow(self.form, self.x.element_size()):
+            return False
+        if IS_NARROW is not None:
+            return IS_NARROW
+        processors = multiprocessors(self.x.device)
+        _, time = plan(self.narrow_blocks, self.x.shape[1], processors, NARROW_PACE, most=1)
+        return all(time < self.forward_time(channels) for channels in FORWARD)
 
     def chunk_states(self, chunks: int) -> tuple[Tensor | None, Tensor | None]:
         """Room for the state and the sum of dt of each chunk, if there are several."""
@@ -307,9 +333,9 @@ class _Inputs:
         states = self.A.new_empty(batch, chunks, d_inner, self.form.padded)
         return states, torch.empty(batch, chunks, d_inner, 2, device=self.x.device)
 
-    def options(self, *others: Tensor) -> dict[str, int | str]:
+    def options(self, *others: Tensor, channels: int = 0) -> dict[str, int | str]:
         """What the kernels are compiled for: these tensors, and `others` that they read."""
-        width, channels = self.x.shape[2] // self.groups, self.form.channels
+        width, channels = self.x.shape[2] // self.groups, channels or self.form.channels
         is_aligned = lanes(channels, width, self.x, self.dt, self.z, *others) == channels
         return {
             "IO": TYPES[self.io],
@@ -320,6 +346,15 @@ class _Inputs:
             "HAS_RESTART": int(self.restart is not None),
             "ALIGNED": int(is_aligned),
         }
+
+    def run_narrow(self, *arguments: Any) -> None:
+        """Launch `scan_narrow`."""
+        options = self.options(channels=4)
+        for name, weight in (("B", self.B), ("C", self.C)):
+            options[f"{name}_LANES"] = lanes(8, weight.shape[-1], weight) if weight.ndim > 2 else 1
+        file, name, constants = narrow_kernel(options)
+        launch = kernel(file, name, self.x.device, **constants)
+        launch(self.narrow_blocks, 64 * NARROW.warps, *arguments, shared=NARROW.bytes())
 
     def run(self, mode: str, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch `scan_forward`."""

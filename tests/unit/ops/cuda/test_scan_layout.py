@@ -7,10 +7,13 @@ import pytest
 from mambakit.ops.cuda.scan_layout import (
     BACKWARD,
     FORWARD,
+    NARROW,
+    NARROW_PACE,
     SHARED_LIMIT,
     Pace,
     layout,
     plan,
+    takes_narrow,
 )
 
 MULTIPROCESSORS = 132
@@ -52,3 +55,22 @@ def test_few_channels_of_a_long_sequence_fill_the_gpu(pace: Pace) -> None:
 def test_a_chunk_is_worth_its_launch(seqlen: int) -> None:
     chunks, _ = plan(1, seqlen, MULTIPROCESSORS, BACKWARD)
     assert 1 <= chunks <= max(1, seqlen // 128)
+
+
+def test_a_narrow_block_fits_on_every_gpu() -> None:
+    assert NARROW.bytes() <= SHARED_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("d_state", "is_complex", "io_bytes", "expected"),
+    [(16, False, 2, True), (9, False, 2, True), (8, False, 2, False), (17, False, 2, False),
+     (16, True, 2, False), (16, False, 4, False)],
+)  # fmt: skip
+def test_what_is_walked_in_one_pass(
+    d_state: int, is_complex: bool, io_bytes: int, expected: bool
+) -> None:
+    assert takes_narrow(layout(d_state, is_complex), io_bytes) == expected
+
+
+def test_what_is_walked_in_one_pass_is_not_cut() -> None:
+    assert plan(1, 65536, MULTIPROCESSORS, NARROW_PACE, most=1)[0] == 1

@@ -9,6 +9,9 @@ typedef unsigned long long uint64;
 struct bfloat16 { unsigned short bits; };
 struct float16 { unsigned short bits; };
 
+template <class T, class U> constexpr bool is_same = false;
+template <class T> constexpr bool is_same<T, T> = true;
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bfloat16 x) { return __uint_as_float((unsigned)x.bits << 16); }
 __device__ __forceinline__ float to_float(float16 x) {

@@ -32,6 +32,7 @@ constexpr int BLOCK_CHANNELS = WARPS * WARP_CHANNELS;
 // costs less than registers for it, or a spill.
 template <class T> FORCE_INLINE T opaque(T v) {
   if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(v));
+  else if constexpr (is_same<T, float>) asm volatile("" : "+f"(v));
   else asm volatile("" : "+r"(v));
   return v;
 }
@@ -97,48 +98,55 @@ FORCE_INLINE Number to_number(Weight w) { return to_float(w); }
 FORCE_INLINE Weight to_weight(Number a) { return from_float<IO>(a); }
 #endif
 
-// A lane's channels of one time step, as they are in memory. They stay one word until they are needed: to take a word
+// Neighbouring numbers of one time step, as they are in memory. They stay one word until they are needed: to take a word
 // apart is to wait for it.
 template <int BYTES> struct Word;
 template <> struct Word<2> { typedef unsigned short Type; };
 template <> struct Word<4> { typedef unsigned Type; };
 template <> struct Word<8> { typedef uint2 Type; };
+template <> struct Word<16> { typedef uint4 Type; };
 
-union Channels {
-  IO of[CHANNELS];
-  typename Word<sizeof(IO) * CHANNELS>::Type word;
+template <int COUNT> union Packed {
+  IO of[COUNT];
+  typename Word<sizeof(IO) * COUNT>::Type word;
 
-  FORCE_INLINE Channels() : word{} {}
+  FORCE_INLINE Packed() : word{} {}
   template <class T = IO> FORCE_INLINE float value(int j) const {
-    if constexpr (sizeof(T) == 2 && CHANNELS == 2) return j ? high_float<T>(word) : low_float<T>(word);
-    else return to_float(of[j]);
+    if constexpr (sizeof(T) == 2 && COUNT == 2) return j ? high_float<T>(word) : low_float<T>(word);
+    else if constexpr (sizeof(T) == 2 && COUNT == 4) {
+      const unsigned half = j < 2 ? word.x : word.y;
+      return j % 2 ? high_float<T>(half) : low_float<T>(half);
+    } else return to_float(of[j]);
   }
 };
+typedef Packed<CHANNELS> Channels;
 
-// `count` of the channels exist, the others read as zero.
-FORCE_INLINE Channels read(const IO* p, int count) {
-  Channels c;
-#if ALIGNED
-  if (count) c.word = *reinterpret_cast<const decltype(c.word)*>(p);
-#else
+// `count` of the numbers exist, the others read as zero.
+template <int COUNT = CHANNELS, bool AS_WORD = ALIGNED> FORCE_INLINE Packed<COUNT> read(const IO* p, int count) {
+  Packed<COUNT> c;
+  if constexpr (AS_WORD) {
+    if (count) c.word = *reinterpret_cast<const decltype(c.word)*>(p);
+  } else {
 #pragma unroll
-  for (int j = 0; j < CHANNELS; j++)
-    if (j < count) c.of[j] = p[j];
-#endif
+    for (int j = 0; j < COUNT; j++)
+      if (j < count) c.of[j] = p[j];
+  }
   return c;
 }
 
 // The same, on its way from memory to shared memory while the warp goes on; `await_copies` waits for all of a lane's.
-FORCE_INLINE void copy(Channels& to, const IO* p, int count) {
-#if ALIGNED
-  if constexpr (sizeof(Channels) >= 4) {
-    const unsigned at = (unsigned)__cvta_generic_to_shared(&to);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(p), "n"(sizeof(Channels)),
-                 "r"(count ? (int)sizeof(Channels) : 0) : "memory");
-    return;
+template <int COUNT> FORCE_INLINE void copy(IO* to, const IO* p, bool exists) {
+  constexpr int BYTES = sizeof(IO) * COUNT;
+  if constexpr (BYTES >= 4) {
+    const unsigned at = (unsigned)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(p), "n"(BYTES), "r"(exists ? BYTES : 0) : "memory");
+  } else {
+    *to = exists ? *p : IO{};
   }
-#endif
-  to = read(p, count);
+}
+template <int COUNT> FORCE_INLINE void copy(Packed<COUNT>& to, const IO* p, int count) {
+  if constexpr (ALIGNED) copy<COUNT>(to.of, p, count != 0);
+  else to = read<COUNT>(p, count);
 }
 FORCE_INLINE void copy(void* to, const void* from) {
   const unsigned at = (unsigned)__cvta_generic_to_shared(to);
@@ -146,15 +154,15 @@ FORCE_INLINE void copy(void* to, const void* from) {
 }
 FORCE_INLINE void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-FORCE_INLINE void write(IO* p, const float (&values)[CHANNELS], int count) {
-  Channels c;
+template <int COUNT> FORCE_INLINE void write(IO* p, const float (&values)[COUNT], int count) {
+  Packed<COUNT> c;
 #pragma unroll
-  for (int j = 0; j < CHANNELS; j++) c.of[j] = from_float<IO>(values[j]);
+  for (int j = 0; j < COUNT; j++) c.of[j] = from_float<IO>(values[j]);
 #if ALIGNED
   if (count) *reinterpret_cast<decltype(c.word)*>(p) = c.word;
 #else
 #pragma unroll
-  for (int j = 0; j < CHANNELS; j++)
+  for (int j = 0; j < COUNT; j++)
     if (j < count) p[j] = c.of[j];
 #endif
 }

@@ -30,12 +30,19 @@ __device__ __forceinline__ uint4 read_matrices(const char* row) {
 // (g + 8, 2t), (g + 8, 2t + 1).
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&sums)[4], uint4 a, unsigned b0, unsigned b1);
+// The same of half the length along k: A (16 x 8) has the words at (g, t) and (g + 8, t), B (8 x 8) that at (t, g).
+template <class T> __device__ __forceinline__ void multiply_add(float (&sums)[4], unsigned a0, unsigned a1, unsigned b);
 #define MULTIPLY_ADD(T, NAME)                                                                                        \
   template <> __device__ __forceinline__ void multiply_add<T>(float (&sums)[4], uint4 a, unsigned b0, unsigned b1) {   \
     asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 "                                                 \
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                              \
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                                   \
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));                                                   \
+  }                                                                                                                    \
+  template <> __device__ __forceinline__ void multiply_add<T>(float (&sums)[4], unsigned a0, unsigned a1, unsigned b) { \
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                                   \
+        : "r"(a0), "r"(a1), "r"(b));                                                                                   \
   }
 MULTIPLY_ADD(bfloat16, "bf16")
 MULTIPLY_ADD(float16, "f16")

@@ -1,0 +1,176 @@
+// The selective scan, forward, of few channels and at most 16 real states: h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,
+// y_t = (sum_n C_n h_n + D x_t) silu(z_t).
+//
+// Few channels fill a GPU only if their states are spread over many lanes. Then most of a warp's work would be the same in all
+// lanes of a channel, and shared memory, which gives a lane 4 bytes a clock, would be busier than the arithmetic. So
+//
+// - WARPS warps walk: 8 lanes a channel with 2 states each, through all of time, and compute what differs from state to state;
+// - as many warps help: TILE by TILE of steps, they copy the inputs to shared memory, compute dt and dt x before a tile is
+//   walked, and the gate and y after it. A helper's lane has all SLOTS channels of a walker, of one step a round;
+// - tensor cores give each lane of a walker its B and C, and sum y over the lanes.
+//
+// Helpers are a tile ahead, and one behind. The barriers `ready` and `walked` of a tile hand it over and back.
+//
+// A warp runs on the scheduler of its number modulo 4: with WARPS = 4, each has a walker and a helper.
+//
+// Constants beside those of selective_scan.cuh:
+//     TILE                    see above
+//     B_LANES, C_LANES        neighbouring states that can be read at a time
+#include "selective_scan_walk.cuh"
+
+FORCE_INLINE float gate(float z) { return HAS_Z ? z * logistic(z) : 1.0f; }
+
+// Rows of a tensor that a helper's lane reads or writes in a tile, some steps apart; `next` goes on to the next tile.
+template <class T, int COUNT> struct Rows {
+  T* at[COUNT];
+  int64 tile;  // from one to the next
+
+  FORCE_INLINE Rows(T* first, int64 time_stride, int steps) : tile(TILE * time_stride) {
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) at[k] = first + k * steps * time_stride;
+  }
+  FORCE_INLINE void next() {
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) at[k] += tile;
+  }
+};
+
+// x, dt or z, on the way from memory to shared memory.
+struct SlotRows {
+  Rows<const IO, ROUNDS> rows;
+  int step, count;
+
+  FORCE_INLINE SlotRows(const IO* tensor, int64 time_stride, int step, int count)
+      : rows(tensor + step * time_stride, time_stride, 32), step(step), count(count) {}
+  FORCE_INLINE void copy_tile(Slots (*to)[HELPERS], int me, int left) {
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r++) copy(to[r][me], rows.at[r], step + 32 * r < left ? count : 0);
+    rows.next();
+  }
+};
+
+// B or C likewise: LANES neighbouring states of a step at a time, by all helpers.
+template <int LANES> struct WeightRows {
+  static constexpr int EACH = PADDED / LANES, APART = HELPERS / EACH, COUNT = (TILE + APART - 1) / APART;
+  int step, n;
+  bool exists;
+  Rows<const IO, COUNT> rows;
+
+  FORCE_INLINE WeightRows(const IO* tensor, int64 time_stride, int me, int d_state)
+      : step(me / EACH), n(me % EACH * LANES), exists(n < d_state), rows(tensor + step * time_stride + n, time_stride, APART) {}
+  FORCE_INLINE void copy_tile(Pair (*to)[PAIRS], int left) {
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) {
+      const int here = step + k * APART;
+      if (here < TILE) copy<LANES>(&to[here][0].of[0] + n, rows.at[k], exists && here < left);
+    }
+    rows.next();
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(2 * HELPERS, MIN_BLOCKS) scan_narrow(
+    const IO* x, const IO* dt, const Number* A, const void* B, const void* C, const float* D, const IO* z,
+    const float* dt_bias, const Number* initial_state, const unsigned char* restart,
+    IO* y, Number* final_state, Number* saved, int64 seqlen, int64 d_inner, int64 d_state_, int64 groups,
+    int64 x_batch, int64 x_time, int64 dt_batch, int64 dt_time, int64 z_batch, int64 z_time,
+    int64 B_batch, int64 B_time, int64 B_group, int64 B_groups, int64 C_batch, int64 C_time, int64 C_group, int64 C_groups) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  const int d_state = (int)d_state_;
+
+  const int64 width = d_inner / groups, blocks = (width + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
+  Part at;
+  at.batch = blockIdx.x / (blocks * groups), at.group = blockIdx.x / blocks % groups;
+  const int64 inside = blockIdx.x % blocks * BLOCK_CHANNELS;
+  at.channel = at.group * width + inside;
+  at.count = width - inside < BLOCK_CHANNELS ? (int)(width - inside) : BLOCK_CHANNELS;
+
+  const int warp = threadIdx.x / 32;
+  if (warp < WARPS) {
+    walk(shared, at, A, (const Number*)B, (const Number*)C, initial_state, final_state, saved, seqlen, d_inner, d_state);
+    return;
+  }
+
+  // Lanes go over the WARPS groups of SLOTS channels of a step, then over steps.
+  const int me = threadIdx.x - HELPERS, part = me % WARPS, first_step = me / WARPS;
+  const int left_channels = at.count - part * SLOTS, count = left_channels < 0 ? 0 : left_channels < SLOTS ? left_channels : SLOTS;
+  const int64 channel = at.channel + part * SLOTS;
+  float bias[SLOTS], skip[SLOTS];
+#pragma unroll
+  for (int j = 0; j < SLOTS; j++) {
+    bias[j] = j < count && dt_bias ? dt_bias[channel + j] : 0.0f;
+    skip[j] = j < count && D ? D[channel + j] : 0.0f;
+  }
+  SlotRows x_rows(x + at.batch * x_batch + channel, x_time, first_step, count);
+  SlotRows dt_rows(dt + at.batch * dt_batch + channel, dt_time, first_step, count);
+  SlotRows z_rows(z + at.batch * z_batch + channel, z_time, first_step, count);
+  WeightRows<B_LANES> B_rows((const IO*)B + at.batch * B_batch + at.group * B_groups / groups * B_group, B_time, me, d_state);
+  WeightRows<C_LANES> C_rows((const IO*)C + at.batch * C_batch + at.group * C_groups / groups * C_group, C_time, me, d_state);
+  Rows<IO, ROUNDS> y_rows(y + (at.batch * seqlen + first_step) * d_inner + channel, d_inner, 32);
+  if (HAS_RESTART) restart += at.batch * seqlen + me;
+
+  // Steps of a tile that exist.
+  auto steps_of = [&](int tile) {
+    const int64 left = seqlen - (int64)tile * TILE;
+    return left < TILE ? (int)left : TILE;
+  };
+  // Of step `me` of the tile that is prepared next: read a tile ahead.
+  auto restart_of = [&](int tile) { return HAS_RESTART && me < steps_of(tile) ? restart[(int64)tile * TILE] : (unsigned char)0; };
+  unsigned char restarts = restart_of(0);
+  auto copy_inputs = [&](int tile) {
+    const int left = steps_of(tile), to = tile % INPUT_TILES;
+    if (left > 0) {
+      x_rows.copy_tile(shared.x[to], me, left);
+      dt_rows.copy_tile(shared.dt[to], me, left);
+      if (HAS_Z) z_rows.copy_tile(shared.z[to], me, left);
+      if (B_VARIES) B_rows.copy_tile(&shared.B[to * TILE], left);
+      if (C_VARIES) C_rows.copy_tile(&shared.C[to * TILE], left);
+    }
+    commit_copies();
+  };
+  auto prepare = [&](int tile) {
+    const int left = steps_of(tile), from = tile % INPUT_TILES, to = tile % 2 * TILE;
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r++) {
+      const int step = first_step + 32 * r;
+      const Slots x_now = shared.x[from][r][me], dt_now = shared.dt[from][r][me];
+#pragma unroll
+      for (int j = 0; j < SLOTS; j++) {
+        Step prepared;
+        prepared.dt[0] = time_step(dt_now.value(j) + bias[j], step < left);
+        prepared.dx[0] = prepared.dt[0] * x_now.value(j);
+        shared.steps[part].of[j][to + step] = prepared;
+      }
+    }
+    if (HAS_RESTART && me < TILE) shared.restarts[to + me] = restarts ? 0.0f : 1.0f;
+    restarts = restart_of(tile + 1);
+  };
+  auto finish = [&](int tile) {
+    const int left = steps_of(tile), from = tile % INPUT_TILES, at = tile % 2 * TILE;
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r++) {
+      const int step = first_step + 32 * r;
+      const Slots x_now = shared.x[from][r][me], z_now = HAS_Z ? shared.z[from][r][me] : Slots();
+      float out[SLOTS];
+#pragma unroll
+      for (int j = 0; j < SLOTS; j++) {
+        const float sum = shared.y[part].of[j][0][at + step] + shared.y[part].of[j][1][at + step];
+        out[j] = fmaf(LEFT_OUT, sum, skip[j] * x_now.value(j)) * gate(z_now.value(j));
+      }
+      write(y_rows.at[r], out, step < left ? count : 0);
+    }
+    y_rows.next();
+  };
+
+  const int tiles = (int)((seqlen + TILE - 1) / TILE);
+  copy_inputs(0), copy_inputs(1);
+#pragma unroll 1
+  for (int tile = 0; tile < tiles + 2; tile++) {
+    if (tile >= 2) wait(walked(tile - 2)), finish(tile - 2);
+    if (tile >= tiles) continue;
+    copy_inputs(tile + 2);
+    await_copies<2>();
+    prepare(tile);
+    arrive(ready(tile));
+  }
+}

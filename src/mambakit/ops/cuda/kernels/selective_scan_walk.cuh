@@ -1,0 +1,227 @@
+// Who walks in `scan_narrow`: the recurrence of 4 channels a warp; 8 lanes a channel, 2 states a lane. See selective_scan_narrow.cu.
+#pragma once
+#include "selective_scan.cuh"
+#include "tensor_cores.cuh"
+
+constexpr int SEGMENT = SAVE_EVERY;    // steps whose y are summed at a time
+constexpr int QUAD = 4;                // steps whose B and C a lane reads as one word
+constexpr int ROUNDS = TILE / 32;      // accesses of a helper's lane to each tensor, a tile
+constexpr int PAIRS = PADDED / 2;
+constexpr int HELPERS = 32 * WARPS;    // lanes
+constexpr int INPUT_TILES = 4;         // from the beginning of its copy until its y is finished
+constexpr int RING = 2 * TILE;         // steps of which dt, dt x and y are there
+static_assert(STATES == 2 && SPREAD == 8 && CHANNELS == 1 && SEGMENT == 16, "lanes as operands of tensor cores");
+static_assert(TILE % 32 == 0 && TILE <= HELPERS, "a helper's lane has whole rounds, and at most one restart");
+
+typedef Packed<2> Pair;
+typedef Packed<SLOTS> Slots;
+
+// Gaps let the lanes of a helper, in WARPS groups of channels, write and read without bank conflicts.
+struct alignas(16) Steps { Step of[SLOTS][RING]; float gap[12]; };
+struct alignas(16) Sums { float of[SLOTS][2][RING + 16]; float gap[12]; };
+struct Shared {
+  Steps steps[WARPS];
+  Sums y[WARPS];
+  Pair B[INPUT_TILES * TILE][PAIRS], C[INPUT_TILES * TILE][PAIRS];
+  Slots x[INPUT_TILES][ROUNDS][HELPERS], dt[INPUT_TILES][ROUNDS][HELPERS], z[INPUT_TILES][ROUNDS][HELPERS];
+  float restarts[RING];
+};
+static_assert(sizeof(Shared) == SHARED_BYTES, "ops/cuda/scan_layout.py counts the same bytes");
+
+// Barriers between walkers and helpers, two of each kind in turn. Who arrives does not wait.
+FORCE_INLINE unsigned ready(unsigned tile) { return 1 + tile % 2; }
+FORCE_INLINE unsigned walked(unsigned tile) { return 3 + tile % 2; }
+FORCE_INLINE void arrive(unsigned barrier, bool really = true) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p bar.arrive %0, %2;}" ::"r"(barrier), "r"((unsigned)really), "n"(2 * HELPERS) : "memory");
+}
+FORCE_INLINE void wait(unsigned barrier, bool really = true) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p bar.sync %0, %2;}" ::"r"(barrier), "r"((unsigned)really), "n"(2 * HELPERS) : "memory");
+}
+
+// What a block has of the arguments: its batch row, group and channels.
+struct Part {
+  int64 batch, group, channel;
+  int count;  // of its channels that exist
+};
+
+// Tensor cores take the first 11 bits of a float. For y in bfloat16, of 8 bits, it is enough that what they leave out is made up
+// for on average; for float16 a second product adds it.
+constexpr bool SUMS_TWICE = !is_same<IO, bfloat16>;
+constexpr float LEFT_OUT = SUMS_TWICE ? 1.0f : 1.0f + 0.72f / 2048;
+
+// d (16 x 8) += A (16 x 8) B (8 x 8) of floats rounded to 11 bits; the order of elements is that of `multiply_add`, with a word each.
+FORCE_INLINE void multiply_add_floats(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
+        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+FORCE_INLINE float rounded(float v) { return __uint_as_float(__float_as_uint(v) + 0x1000u); }
+FORCE_INLINE float truncated(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+
+// Sums of SEGMENT steps over 4 lanes. Row g of an operand A has the lanes 4g .. 4g + 3, and B has ones that bring the sums of
+// quad q to columns 2q and 2q + 1: so lane (g, t) gets those of the steps 4t .. 4t + 3 of its row.
+struct LaneSums {
+  float one[8];  // one[g]: 1 in the lanes of row g
+
+  FORCE_INLINE LaneSums() {
+#pragma unroll
+    for (int g = 0; g < 8; g++) one[g] = opaque(threadIdx.x % 32 / 4 == g ? 1.0f : 0.0f);
+  }
+  FORCE_INLINE float4 of(const float (&v)[SEGMENT]) const {
+    float d[4] = {};
+#pragma unroll
+    for (int i = 0; i < SEGMENT; i += 4) {
+      const float(&w)[4] = *(const float(*)[4])&v[i];
+      add(d, i, w[0], w[1], w[2], w[3]);
+      if (!SUMS_TWICE) continue;
+      float rest[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) rest[k] = rounded(w[k] - truncated(w[k]));
+      add(d, i, rest[0], rest[1], rest[2], rest[3]);
+    }
+    return make_float4(d[0], d[1], d[2], d[3]);
+  }
+
+ private:
+  FORCE_INLINE void add(float (&d)[4], int i, float s0, float s1, float s2, float s3) const {
+    multiply_add_floats(d, s0, s2, s1, s3, one[i / 2], one[i / 2 + 1]);
+  }
+};
+
+// B or C of a quad of steps as lane (g, t) = (lane / 4, lane % 4) needs it: of its states 4t + g % 2 and 2 more.
+//
+// The word of lane (g, t) is, as an operand B (8 x 8), of step t and column g, which is of the states 2g and 2g + 1. Row g of
+// an operand A takes of it one of both states of one step, row g + 8 of the next.
+struct Choice {
+  unsigned take[QUAD];
+
+  FORCE_INLINE Choice(int g, int t) {
+#pragma unroll
+    for (int s = 0; s < QUAD; s++) take[s] = s == t ? (unsigned)from_float<IO>(1.0f).bits << 16 * (g % 2) : 0;
+  }
+  FORCE_INLINE void hand_out(Pair pair, float (&weights)[QUAD][2]) const {
+#pragma unroll
+    for (int s = 0; s < QUAD; s += 2) {
+      float d[4] = {};
+      multiply_add<IO>(d, take[s], take[s + 1], pair.word);
+      weights[s][0] = d[0], weights[s][1] = d[1], weights[s + 1][0] = d[2], weights[s + 1][1] = d[3];
+    }
+  }
+};
+
+// Where a lane of a walker finds a segment in shared memory: dt and dt x, and B and C of one step and two states.
+struct Lane {
+  int steps, weights, y;  // offsets of the lane's own
+
+  FORCE_INLINE Lane(const Shared& shared, int warp, int g, int t)
+      : steps(opaque((int)(shared.steps[warp].of[g / 2] - shared.steps[0].of[0]))), weights(opaque(t * PAIRS + g)),
+        y(opaque((int)(shared.y[warp].of[g / 2][g % 2] - shared.y[0].of[0][0]) + 4 * t)) {}
+};
+struct Source {
+  const Step* steps;
+  const Pair *B, *C;
+
+  FORCE_INLINE Source(const Shared& shared, const Lane& lane, unsigned step) {
+    const unsigned row = step % (INPUT_TILES * TILE);
+    steps = shared.steps[0].of[0] + lane.steps + step % RING;
+    B = shared.B[0] + lane.weights + row * PAIRS, C = shared.C[0] + lane.weights + row * PAIRS;
+  }
+};
+
+// What the lane needs of a quad of steps: as it is there, and ready for the recurrence.
+struct Quad {
+  Step steps[QUAD];
+  Pair B, C;
+
+  FORCE_INLINE void get(const Source& from, int step) {
+#pragma unroll
+    for (int i = 0; i < QUAD; i += 2) *(float4*)&steps[i] = *(const float4*)&from.steps[step + i];
+    if (B_VARIES) B = from.B[step * PAIRS];
+    if (C_VARIES) C = from.C[step * PAIRS];
+  }
+};
+struct Ready {
+  float dx[QUAD], factor[QUAD][2], B[QUAD][2], C[QUAD][2];
+
+  FORCE_INLINE void make(const Quad& quad, const float (&a)[2], const Choice& choice) {
+    if (B_VARIES) choice.hand_out(quad.B, B);
+    if (C_VARIES) choice.hand_out(quad.C, C);
+#pragma unroll
+    for (int s = 0; s < QUAD; s++) {
+      dx[s] = quad.steps[s].dx[0];
+#pragma unroll
+      for (int k = 0; k < 2; k++) factor[s][k] = decay(quad.steps[s].dt[0], a[k]);
+    }
+  }
+};
+
+// A lane has channel g / 2 of the warp.
+FORCE_INLINE void walk(
+    Shared& shared, const Part& at, const Number* A, const Number* B_constant, const Number* C_constant, const Number* initial_state,
+    Number* final_state, Number* saved, int64 seqlen, int64 d_inner, int d_state) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int slot = g / 2, within = warp * SLOTS + slot, first = 4 * t + g % 2;
+  const bool exists = within < at.count;
+  const int64 channel = at.channel + within, state_row = (at.batch * d_inner + channel) * d_state;
+  float a[2], h[2], B_fixed[2], C_fixed[2];
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    const int n = first + 2 * k;
+    const bool held = exists && n < d_state;
+    a[k] = held ? A_UNIT * A[channel * d_state + n] : 0.0f;
+    h[k] = held && initial_state ? initial_state[state_row + n] : 0.0f;
+    B_fixed[k] = !B_VARIES && held ? B_constant[channel * d_state + n] : 0.0f;
+    C_fixed[k] = !C_VARIES && held ? C_constant[channel * d_state + n] : 0.0f;
+  }
+  const bool saves = saved && exists;
+  saved += (at.batch * ((seqlen + SAVE_EVERY - 1) / SAVE_EVERY) * d_inner + channel) * PADDED + first;
+  const Choice choice(g, t);
+  const LaneSums lane_sums;
+  const Lane lane(shared, warp, g, t);
+
+  // One warp a scheduler has no other to fill its waits: a quad is read two quads ahead, and made ready one ahead.
+  wait(ready(0));
+  Source here(shared, lane, 0);
+  Quad next;
+  Ready ready_next;
+  next.get(here, 0);
+  ready_next.make(next, a, choice);
+  next.get(here, QUAD);
+  const unsigned segments = (unsigned)((seqlen + SEGMENT - 1) / SEGMENT);
+#pragma unroll 1
+  for (unsigned segment = 0; segment < segments; segment++) {
+    const unsigned step = segment * SEGMENT, tile = step / TILE;  // modulo 2^32, which is a multiple of all rings
+    const bool ends_tile = (step + SEGMENT) % TILE == 0, ends = segment + 1 == segments;
+    wait(ready(tile + 1), ends_tile && !ends);
+    const Source then(shared, lane, step + SEGMENT);
+    if (saves) saved[0] = h[0], saved[2] = h[1];
+    saved += d_inner * PADDED;
+    float products[SEGMENT];
+#pragma unroll
+    for (int q = 0; q < SEGMENT; q += QUAD) {
+      const Ready now = ready_next;
+      ready_next.make(next, a, choice);
+      const int ahead = q + 2 * QUAD;
+      next.get(ahead < SEGMENT ? here : then, ahead % SEGMENT);
+#pragma unroll
+      for (int s = 0; s < QUAD; s++) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          float factor = now.factor[s][k];
+          if (HAS_RESTART) factor *= shared.restarts[step % RING + q + s];
+          h[k] = fmaf(factor, h[k], now.dx[s] * (B_VARIES ? now.B[s][k] : B_fixed[k]));
+          sum = fmaf(C_VARIES ? now.C[s][k] : C_fixed[k], h[k], sum);
+        }
+        products[q + s] = sum;
+      }
+    }
+    *(float4*)(shared.y[0].of[0][0] + lane.y + step % RING) = lane_sums.of(products);
+    arrive(walked(tile), ends_tile || ends);
+    here = then;
+  }
+#pragma unroll
+  for (int k = 0; k < 2; k++)
+    if (exists && first + 2 * k < d_state) final_state[state_row + first + 2 * k] = h[k];
+}

@@ -1,0 +1,69 @@
+"""Which way a scan goes on a GPU: a function of sizes, so tensors without memory do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambakit.ops.cuda import selective_scan as cuda
+
+
+@pytest.fixture(autouse=True)
+def _device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with 132 multiprocessors, and `plan` is free to choose."""
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda, "IS_NARROW", None)
+
+
+def inputs(
+    batch: int,
+    seqlen: int,
+    channels: int,
+    d_state: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    groups: int = 1,
+) -> cuda._Inputs:
+    with torch.device("meta"):
+        x = torch.empty(batch, seqlen, channels, dtype=dtype)
+        B = torch.empty(batch, seqlen, groups, d_state, dtype=dtype)
+        return cuda._Inputs(x, x, torch.empty(channels, d_state), B, B, None, x, None, None, True)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "channels"),
+    [(1, 65536, 1536), (2, 32768, 1536), (8, 2048, 1536), (1, 2048, 5120), (1, 1024, 1536)],
+)
+def test_few_channels_are_walked_in_one_pass(batch: int, seqlen: int, channels: int) -> None:
+    assert inputs(batch, seqlen, channels).is_narrow()
+
+
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "channels"), [(8, 2048, 5120), (1, 65536, 1024), (1, 65536, 64)]
+)
+def test_many_channels_and_very_few_are_not(batch: int, seqlen: int, channels: int) -> None:
+    assert not inputs(batch, seqlen, channels).is_narrow()
+
+
+def test_what_the_kernel_does_not_know() -> None:
+    assert not inputs(1, 65536, 1536, d_state=17).is_narrow()
+    assert not inputs(1, 65536, 1536, dtype=torch.float32).is_narrow()
+
+
+def test_a_block_stays_in_its_group() -> None:
+    assert inputs(2, 64, 96, groups=1).narrow_blocks == 2 * 6
+    assert inputs(2, 64, 96, groups=4).narrow_blocks == 2 * 4 * 2
+
+
+def test_tests_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "IS_NARROW", True)
+    assert inputs(8, 2048, 5120).is_narrow()
+    assert not inputs(8, 2048, 5120, dtype=torch.float32).is_narrow()
+    monkeypatch.setattr(cuda, "CHUNKS", 3)
+    assert not inputs(1, 65536, 1536).is_narrow()
+
+
+def test_one_channel_a_lane_where_two_leave_processors_idle() -> None:
+    few, many = inputs(1, 65536, 1024), inputs(8, 2048, 5120)
+    assert few.cut_forward()[1] > 8
+    assert many.cut_forward() == (2048, 1)
+    assert many.form.channels == 2
