@@ -35,8 +35,8 @@ __all__ = ["selective_scan", "variants"]
 CHUNKS: int | None = None
 """How many chunks to cut time into, for tests; None lets `plan` choose."""
 IS_NARROW: bool | None = False
-"""Whether few channels are walked by `scan_narrow`; None lets `plan` choose. Not before all of its tests have run on a GPU;
-its speed and some values have been seen on one (docs/lab-notes.md)."""
+"""Whether few channels are walked by `scan_narrow`; None lets `plan` choose. Not before all of its tests have run on a
+GPU; its speed and some values have been seen on one (docs/lab-notes.md)."""
 
 
 def selective_scan(
