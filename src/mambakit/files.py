@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mambakit.errors import MambakitError
+from mambakit.errors import ArgumentError, MambakitError
 
 _LEFTOVER_SECONDS = 24 * 3600
 _FULL_BYTES = 1 << 20
@@ -87,6 +87,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush_folder(partial)
         _replace_folder(partial, target)
         _flush_folder(target.parent)
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise ArgumentError unless `path` is free for a new folder: nothing is there, or an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ArgumentError(f"out: {path} is not an empty folder; name a new one")
 
 
 @contextlib.contextmanager

@@ -109,8 +109,21 @@ def test_an_unknown_key_of_a_config_file(refuse: Refuse, tokens: Path, tmp_path:
 
 
 def test_a_folder_that_is_not_prepared(refuse: Refuse, tmp_path: Path) -> None:
-    line = refuse("train", "--data", tmp_path, "--out", tmp_path / "run")
-    assert "not a folder of prepared tokens" in line
+    for data, what in ((tmp_path, "has no manifest.json"), (tmp_path / "nothing", "is not there")):
+        line = refuse("train", "--data", data, "--out", tmp_path / "run")
+        assert line == (
+            f"{data}: not a folder of prepared tokens, it {what}; make one with mambakit prepare"
+        )
+
+
+@pytest.mark.parametrize("place", ["", "runs/first"])
+def test_a_run_in_the_folder_of_its_data(refuse: Refuse, tokens: Path, place: str) -> None:
+    out, files = tokens / place, sorted(os.listdir(tokens))
+    line = refuse("train", "--data", tokens, "--out", out)
+    assert line == (
+        f"training config: out is {out}, in the folder of prepared tokens; choose another folder for the run"
+    )
+    assert sorted(os.listdir(tokens)) == files
 
 
 @pytest.mark.parametrize("command", ["prepare", "train"])

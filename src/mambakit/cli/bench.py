@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mambakit.cli.parsing import parse
-from mambakit.errors import ConfigError
+from mambakit.errors import ArgumentError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,8 @@ class Bench:
 def run(args: Sequence[str]) -> int:
     """Run `mambakit bench`."""
     options = parse(Bench, args, "bench")
+    if options.seqlen < 1:
+        raise ArgumentError(f"seqlen: got {options.seqlen}, wanted at least 1")
 
     import torch
     from rich.console import Console
@@ -66,9 +68,11 @@ def run(args: Sequence[str]) -> int:
         for column in table.columns[1:]:
             column.justify = "right"
     console = Console()
-    with console.status("measuring"):
+    with console.status("measuring the scan"):
         for scan_row in _scan(device):
             scans.add_row(*scan_row)
+    console.print(scans)
+    with console.status("measuring the model"):
         speeds.add_row("float32", *_model_rates(model, options.seqlen, device, torch.float32))
         try:
             check_bfloat16(device)
@@ -76,7 +80,6 @@ def run(args: Sequence[str]) -> int:
             speeds.caption = str(error)
         else:
             speeds.add_row("bfloat16", *_model_rates(model, options.seqlen, device, torch.bfloat16))
-    console.print(scans)
     console.print(speeds)
     return 0
 

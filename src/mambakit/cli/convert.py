@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mambakit.cli.parsing import parse
-from mambakit.errors import ArgumentError
+from mambakit.files import check_new_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,7 @@ class Convert:
 def run(args: Sequence[str]) -> int:
     """Run `mambakit convert`."""
     options = parse(Convert, args, "convert")
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise ArgumentError(f"out: {options.out} is not an empty folder; name a new one")
+    check_new_folder(options.out)
 
     import torch
 

@@ -21,6 +21,8 @@ PROMPT = "class Reader:\n\tdef "
 SAMPLE_TOKENS = 600
 SAMPLING = SamplingOptions(temperature=0.8, top_p=0.95)
 INDENT = "    "
+TOKENS = "tokens"
+"""Folder of the token files, in the run folder."""
 
 
 def draft_config(data: Path, out: Path) -> TrainConfig:
@@ -81,7 +83,7 @@ def run(args: Sequence[str]) -> int:
 
     progress = Progress()
     if list_checkpoints(options.out) and not options.overwrite:
-        config = TrainConfig.from_dict(read_toml(options.out / run_folder.CONFIG))
+        config = _earlier(options.out)
     else:
         with progress.console.status("reading Python's standard library"):
             data = _prepare(options.out)
@@ -94,6 +96,18 @@ def run(args: Sequence[str]) -> int:
     _write_sample(options.out)
     _say_what_is_there(options.out)
     return 0
+
+
+def _earlier(out: Path) -> TrainConfig:
+    """The config of the demo's run that is in a folder.
+
+    Raises:
+        ArgumentError: The run is not one of the demo.
+    """
+    config = TrainConfig.from_dict(read_toml(out / run_folder.CONFIG))
+    if config.data.resolve() != (out / TOKENS).resolve():
+        raise ArgumentError(f"out: {out} holds a run on {config.data}; name a new folder")
+    return config
 
 
 def standard_library() -> list[Path]:
@@ -118,7 +132,7 @@ def _prepare(out: Path) -> Path:
     from mambakit.data import prepare
     from mambakit.data.manifest import is_prepared
 
-    folder = out / "tokens"
+    folder = out / TOKENS
     if not is_prepared(folder):
         with tempfile.TemporaryDirectory() as place:
             prepare(_with_tabs(standard_library(), Path(place)), folder)
@@ -187,6 +201,6 @@ def _say_what_is_there(run: Path) -> None:
         print(f"{what:<12} {place}")
     print("next:")
     print(f'  mambakit generate --checkpoint {run} --prompt "def "')
-    print(f"  mambakit evaluate --checkpoint {run} {run / 'tokens'}")
+    print(f"  mambakit evaluate --checkpoint {run} {run / TOKENS}")
     print("  mambakit prepare YOUR-TEXT --out data")
     print("  mambakit train --data data --out runs/mine --d-model 256 --n-layer 6")

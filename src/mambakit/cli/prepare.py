@@ -68,9 +68,12 @@ def run(args: Sequence[str]) -> int:
 
 def describe(manifest: Manifest) -> str:
     """What a prepared folder holds, in a line."""
-    splits = (f"{c.tokens:,} {name} tokens" for name, c in manifest.splits.items())
-    documents = sum(counts.documents for counts in manifest.splits.values())
-    return f"{', '.join(splits)} of {documents:,} documents (vocabulary {manifest.vocab_size:,})"
+    # A document that is cut in two for the validation split counts in both, so there is no sum.
+    splits = (
+        f"{c.tokens:,} {name} tokens (documents: {c.documents:,})"
+        for name, c in manifest.splits.items()
+    )
+    return f"{', '.join(splits)}, vocabulary {manifest.vocab_size:,},"
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ import tyro
 
 from mambakit.cli.parsing import parse
 from mambakit.cli.scoring import Windows, open_text, score_on
-from mambakit.errors import ArgumentError, CheckpointError
+from mambakit.errors import CheckpointError
+from mambakit.files import check_new_folder
 
 if TYPE_CHECKING:
     from mambakit.models import MambaLanguageModel
@@ -53,7 +54,8 @@ def run(args: Sequence[str]) -> int:
     from mambakit.models.quantisation import Quantisation
 
     folder = find_checkpoint(options.checkpoint)
-    _check(folder, options.out)
+    _check(folder)
+    check_new_folder(options.out)
     quantisation = Quantisation(bits=options.bits, group_size=options.group_size)
     model, tokenizer = load_checkpoint(folder, options.device, tokenizer=options.tokenizer)
     if options.text:
@@ -75,8 +77,8 @@ def run(args: Sequence[str]) -> int:
     return 0
 
 
-def _check(folder: Path, out: Path) -> None:
-    """Raise before any work if it would be in vain, or destroy what it reads."""
+def _check(folder: Path) -> None:
+    """Raise before any work if it would be in vain."""
     from mambakit.models.checkpoint import read_quantisation
 
     if (found := read_quantisation(folder)) is not None:
@@ -84,8 +86,6 @@ def _check(folder: Path, out: Path) -> None:
             f"{folder} is quantised to {found.bits} bits already; "
             "give the checkpoint with float weights that it came from"
         )
-    if out.resolve() == folder.resolve():
-        raise ArgumentError(f"out: {out} is the checkpoint that is read; choose another folder")
 
 
 def _megabytes(folder: Path) -> float:

@@ -45,7 +45,9 @@ class TokenDataset:
             self.manifest.check_tokenizer(tokenizer, folder)
         if split not in self.manifest.splits:
             names = ", ".join(self.manifest.splits)
-            raise DataError(f"{folder}: has no {split!r} split, only {names}; prepare it again")
+            raise DataError(
+                f"{folder}: has no {split!r} split, only {names}; take one of these, or prepare it again"
+            )
         counts = self.manifest.splits[split]
         self.text_bytes = counts.text_bytes
         self.tokens: npt.NDArray[np.unsignedinteger[Any]] = _mapped(

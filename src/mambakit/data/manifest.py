@@ -3,7 +3,7 @@
     manifest.json                     this, written last
     train.bin, valid.bin              token ids, each document followed by the separator
     {train,valid}.documents.bin       int64, where each document ends: one past its separator
-    tokenizer.json                    the tokenizer itself
+    tokenizer.json                    the tokenizer itself; of Hugging Face's also tokenizer_config.json
 
 Numbers are little-endian. A split that is empty has no files. A document that is cut in two for the
 sake of the validation split counts in both, and its first part has no separator.
@@ -24,6 +24,11 @@ from mambakit.files import atomic_write
 
 FORMAT = "mambakit tokens"
 VERSION = 1
+FILES = {
+    "manifest.json", "tokenizer.json", "tokenizer_config.json",
+    "train.bin", "train.documents.bin", "valid.bin", "valid.documents.bin",
+}  # fmt: skip
+"""All that a prepared folder may hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,10 @@ class Manifest:
         path = Path(folder) / "manifest.json"
         again = "; prepare the text again (mambakit prepare)"
         if not path.is_file():
-            raise DataError(f"{folder}: not a folder of prepared tokens, it has no manifest.json")
+            what = "has no manifest.json" if Path(folder).exists() else "is not there"
+            raise DataError(
+                f"{folder}: not a folder of prepared tokens, it {what}; make one with mambakit prepare"
+            )
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             known, version = content.get("format"), content.get("version")

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 import mambakit
-from mambakit.data.manifest import VERSION, Manifest, is_prepared
+from mambakit.data.manifest import FILES, VERSION, Manifest, is_prepared
 from mambakit.data.sources import Sources
 from mambakit.data.text import PIECE_BYTES, Errors, Piece, TextReader
 from mambakit.data.tokenfiles import SplitWriter, balance
@@ -126,9 +126,13 @@ def _progress(train: SplitWriter, valid: SplitWriter, reader: TextReader) -> Pro
 
 
 def _check_replaceable(out: Path) -> None:
-    filled = out.is_dir() and any(out.iterdir()) and not is_prepared(out)
-    if filled or out.is_file():
-        raise DataError(f"{out}: holds something else; choose a new or empty folder")
+    if not out.exists():
+        return
+    names = {file.name for file in out.iterdir()} if out.is_dir() else {out.name}
+    if other := sorted(names - FILES if is_prepared(out) else names):
+        raise DataError(
+            f"{out}: holds something else ({other[0]}), which would be lost; choose a new or empty folder"
+        )
 
 
 class _Tokenised(NamedTuple):

@@ -17,7 +17,7 @@ MOST_ROWS = 64
 """Largest vocabulary of which the product takes less time than PyTorch's way."""
 
 
-def embed(layer: nn.Embedding, tokens: Tensor) -> Tensor:
+def embed(layer: nn.Module, tokens: Tensor) -> Tensor:
     """`layer(tokens)`, (B, L) to (B, L, M).
 
     PyTorch's gradient sorts the tokens, and adds up equal ones with atomic additions, in an order that changes from run
@@ -25,11 +25,17 @@ def embed(layer: nn.Embedding, tokens: Tensor) -> Tensor:
     faster, and the same bits every time.
 
     Args:
-        layer: Made with no options but its sizes.
+        layer: An `nn.Embedding` made with no options but its sizes, or what stands in its place.
         tokens: Integers, (B, L).
     """
-    is_small = layer.num_embeddings <= MOST_ROWS and tokens.device.type in PRODUCT_ON
-    if is_small and is_eager_autograd() and is_plain(layer, nn.Embedding):
+    # What is not plain, such as a quantised embedding, need not know its number of rows.
+    if (
+        isinstance(layer, nn.Embedding)
+        and is_plain(layer, nn.Embedding)
+        and layer.num_embeddings <= MOST_ROWS
+        and tokens.device.type in PRODUCT_ON
+        and is_eager_autograd()
+    ):
         hidden: Tensor = _Rows.apply(layer.weight, tokens)  # type: ignore[no-untyped-call]
         return hidden
     plain: Tensor = layer(tokens)

@@ -36,6 +36,14 @@ _DEFAULTS = TrainConfig(data=Path(), out=Path()).to_dict()
 """What a run had for the options that there were not yet when it began."""
 
 
+def check_place(run: Path, data: Path) -> None:
+    """Raise ConfigError if the run folder is in the folder of token files, which is replaced whole by `prepare`."""
+    if data.resolve() in (run.resolve(), *run.resolve().parents):
+        raise ConfigError(
+            f"training config: out is {run}, in the folder of prepared tokens; choose another folder for the run"
+        )
+
+
 def remove_run(run: Path) -> None:
     """Remove what a run has written, and nothing else that lies in its folder."""
     for name in (CONFIG, LOG, PICTURE):
@@ -71,7 +79,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], run: Path) -> list[s
     if fixed:
         raise ConfigError(
             f"the run in {run} cannot go on with another {', '.join(fixed)}; "
-            "give the old values, or another folder, or overwrite the run to start afresh"
+            "give the old values, or another folder, or start afresh with overwrite (--overwrite)"
         )
     return list(differences.values())
 

@@ -105,6 +105,7 @@ class Trainer:
         self._valid = TokenDataset(config.data, "valid") if has_valid else None
         self._bytes_per_token = count_bytes(self.tokenizer)
         check_config(config, self.tokenizer, model)
+        run_folder.check_place(config.out, config.data)
         self.world = World.join(config.device)
         self.callbacks = callbacks if self.world.is_main else ()
         self.loader = Loader(

@@ -54,6 +54,11 @@ def test_a_quantised_model_is_not_trained(
     assert all(float(rate.replace(",", "")) > 0 for rate in rates)
 
 
+def test_a_sequence_of_no_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--seqlen", "0"]) == 2
+    assert capsys.readouterr().err == "error: seqlen: got 0, wanted at least 1\n"
+
+
 def test_the_median_leaves_the_first_call_out(monkeypatch: pytest.MonkeyPatch) -> None:
     delays = iter([0.2, 0.01, 0.02, 0.03])
     monkeypatch.setattr(bench, "BUDGET_SECONDS", 0.0)

@@ -74,6 +74,18 @@ def test_again_it_goes_on_with_the_same_plan(
     assert read_log(tiny / "log.jsonl") == log
 
 
+def test_a_run_of_something_else_is_not_gone_on_with(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planning, "seconds_per_step", lambda config: 0.5)
+    assert main(["demo", "--out", str(tiny), "--minutes", "0.1"]) == 0
+    moved = tiny.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert main(["demo", "--out", str(moved)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: out: {moved} holds a run on {tiny / 'tokens'}; name a new folder\n"
+
+
 def test_a_step_is_measured_by_taking_some(tiny: Path) -> None:
     data = demo._prepare(tiny)
     assert 0 < planning.seconds_per_step(demo.draft_config(data, tiny)) < 10

@@ -96,7 +96,8 @@ def test_what_it_refuses(checkpoint, tmp_path, capsys):
     capsys.readouterr()
     for args, message in (
         ((small, tmp_path / "again"), "is quantised to 4 bits already; give the checkpoint"),
-        ((checkpoint, checkpoint), "is the checkpoint that is read; choose another folder"),
+        ((checkpoint, checkpoint), f"out: {checkpoint} is not an empty folder; name a new one"),
+        ((checkpoint, small), f"out: {small} is not an empty folder; name a new one"),
         ((checkpoint, tmp_path / "x", "--bits", "3"), "bits"),
         ((checkpoint, tmp_path / "x", "--group-size", "48"), "group-size"),
         ((tmp_path / "nothing", tmp_path / "x"), "nothing"),

@@ -161,6 +161,16 @@ def test_out_must_be_new_empty_or_prepared_before(tmp_path: Path) -> None:
     assert _texts(TokenDataset(tmp_path / "out")) == ["other text"]
 
 
+def test_what_else_lies_in_a_prepared_folder_is_not_lost(tmp_path: Path) -> None:
+    source, out = tmp_path / "a.txt", tmp_path / "out"
+    source.write_text("some text", encoding="utf-8")
+    prepare(source, out)
+    (out / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(DataError, match=r"holds something else \(notes.txt\), which would be lost"):
+        prepare(source, out)
+    assert (out / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
 def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "good"}\nbad', encoding="utf-8")

@@ -8,6 +8,8 @@ from torch import nn
 
 from mambakit.nn import embedding
 from mambakit.nn.embedding import MOST_ROWS, embed
+from mambakit.nn.quantised_linear import QuantisedEmbedding, QuantisedLinear
+from mambakit.ops.quantisation import quantise_weight
 
 
 @pytest.fixture
@@ -76,3 +78,9 @@ def test_it_keeps_out_of_the_way(product_on_cpu, monkeypatch):
     assert embed(nn.Embedding(5, 2).requires_grad_(False), tokens).grad_fn is None
     monkeypatch.setattr(embedding, "PRODUCT_ON", ("cuda",))
     assert not is_ours(nn.Embedding(5, 2), tokens)
+
+
+def test_a_quantised_embedding_answers_itself(product_on_cpu):
+    table = QuantisedLinear(quantise_weight(torch.randn(7, 64), bits=8, group_size=64))
+    layer, tokens = QuantisedEmbedding(table), torch.tensor([[3, 0, 6]])
+    assert torch.equal(embed(layer, tokens), layer(tokens))
