@@ -83,17 +83,22 @@ def run(args: Sequence[str]) -> int:
         options.checkpoint, options.device, options.precision, options.tokenizer
     )
     measure = _on_tasks if options.tasks else _on_text
-    result = measure(options, model, tokenizer)
-    if options.output is not None:
-        from mambakit.files import atomic_write
+    if options.output is None:
+        measure(options, model, tokenizer)
+        return 0
+    from mambakit.files import atomic_write
 
+    with atomic_write(options.output) as partial:
+        partial.touch()  # Where nothing can be written, that is found before the work.
+        result = measure(options, model, tokenizer)
         text = json.dumps(result, indent=2, default=_plain, ensure_ascii=False)
-        with atomic_write(options.output) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
+        partial.write_text(text + "\n", encoding="utf-8")
     return 0
 
 
 def _check(options: Evaluate) -> None:
+    if options.output is not None and options.output.is_dir():
+        raise ArgumentError(f"--output {options.output}: is a folder; name a file in it")
     if not options.tasks:
         if not options.sources:
             raise ArgumentError("give a prepared folder or text files to evaluate on, or --tasks")

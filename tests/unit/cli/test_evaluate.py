@@ -45,6 +45,16 @@ def test_the_result_of_a_text_as_json(checkpoint, text, tmp_path, capsys):
     assert evaluate(checkpoint, text) == 0
 
 
+def test_a_result_that_cannot_be_written_is_found_before_the_work(
+    checkpoint, text, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("mambakit.cli.evaluate._on_text", lambda *_: pytest.fail("the work began"))
+    assert evaluate(checkpoint, text, "--output", text / "out.json") == 2
+    assert "a part of this path is a file, not a folder" in capsys.readouterr().err
+    assert evaluate(checkpoint, text, "--output", tmp_path) == 2
+    assert f"--output {tmp_path}: is a folder; name a file in it" in capsys.readouterr().err
+
+
 def test_the_key_of_the_text_in_json_lines(checkpoint, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"body": "one and two"}\n' * 3)
     assert evaluate(checkpoint, tmp_path / "a.jsonl", "--text-key", "body") == 0
