@@ -7,10 +7,10 @@
 // A tensor core adds in the order of k; then warps, then blocks are added in a fixed order. Neither BATCH nor TILE, STAGES or
 // STEPS has a part in it; sums of squares are those of a block's rows of W.
 //
-// IO: type of W, two bytes. X: type of x; float is scaled and rounded to IO before the product. BATCH: a multiple of 8 and
-// of CLUSTER, not less than the rows of x. TILE: a multiple of 32. NEIGHBOURS: rows of W that an end takes, 1, 2 or 4, a divisor of their
-// number. WARPGROUPS: if defined, so many multiply together; see `matmul_warpgroups.cuh`, else `matmul_warps.cuh`. W and the
-// rows of x start at 16 bytes.
+// IO: type of W, two bytes. X: type of x; float is scaled and rounded to IO before the product. BATCH: a multiple of 8 and of
+// CLUSTER, not less than the rows of x. TILE: a multiple of 32. NEIGHBOURS: rows of W that an end takes, 1, 2 or 4, a divisor
+// of their number. WARPGROUPS: if defined, so many multiply together; see `matmul_warpgroups.cuh`, else `matmul_warps.cuh`. W
+// and the rows of x start at 16 bytes.
 #pragma once
 #include "clusters.cuh"
 #include "decode_norm.cuh"
