@@ -22,6 +22,7 @@ from mambakit.ops.cuda.compiler import kernel
 from mambakit.ops.cuda.products import MOST_ROWS, tile_of
 from mambakit.ops.cuda.rms_norm import add_rms_norm, rms_norm
 from mambakit.ops.cuda.step_products import (
+    FEW,
     NEIGHBOURS,
     are_for_tensor_cores,
     product,
@@ -361,14 +362,7 @@ def _states_fit(layer: Layer) -> bool:
 def variants() -> Variants:
     """The kernels of the released models' shapes on 132 multiprocessors, and of odd sizes."""
     found = product_variants()
-    for d_model, batch, io in (
-        (768, 1, torch.bfloat16),
-        (2048, 2, torch.bfloat16),
-        (2560, 8, torch.bfloat16),
-        (1024, 4, torch.float16),
-        (768, 8, torch.float32),
-        (17, 4, torch.bfloat16),
-    ):
+    for d_model, batch, io in FEW:
         rank = -(-d_model // 16)
         states, spread = (4, 4) if d_model > 17 else (1, 8)
         layout = _scan_layout(states, spread, lanes(16 // io.itemsize, rank), rank, batch)

@@ -22,6 +22,16 @@ from mambakit.ops.model_layer import Layer
 NEIGHBOURS = 4
 """Rows of the matrix whose results a thread reads and writes together, at most."""
 
+FEW = (
+    (768, 1, torch.bfloat16),
+    (2048, 2, torch.bfloat16),
+    (2560, 8, torch.bfloat16),
+    (1024, 4, torch.float16),
+    (768, 8, torch.float32),
+    (17, 4, torch.bfloat16),
+)
+"""Widths, rows and dtypes of steps that are done number by number, of which the tests compile the kernels."""
+
 
 class Product(NamedTuple):
     """How a kernel with a product is launched."""
@@ -110,12 +120,7 @@ def variants() -> Variants:
     """The kernels with products of the released models' shapes on 132 multiprocessors, and of odd sizes."""
     found: Variants = []
     for d_model, batch, io in (
-        (768, 1, torch.bfloat16),
-        (2048, 2, torch.bfloat16),
-        (2560, 8, torch.bfloat16),
-        (1024, 4, torch.float16),
-        (768, 8, torch.float32),
-        (17, 4, torch.bfloat16),
+        *FEW,
         (2048, 64, torch.bfloat16),
         (768, 16, torch.bfloat16),
         (1536, 32, torch.float16),
