@@ -16,12 +16,11 @@ HAS_RING = False
 measured on a GPU: it was compared on a CPU alone (docs/lab-notes.md)."""
 
 READS = 12
-"""Accesses of 16 bytes that a lane has on their way: 16 warps of a multiprocessor then wait for 96 KB of shared memory,
-and as many of the next kernel find room beside them."""
+"""Accesses that a lane has on their way to shared memory: 16 warps of a multiprocessor then wait for 96 KB, and as many
+of the next kernel find room beside them."""
 
 READS_IN_REGISTERS = 8
-"""The same of smaller accesses. Half as many where sums of four rows and more take the registers."""
-
+"""On their way to registers: 16 warps then wait for 64 KB. Half as many where sums of four rows and more take these."""
 
 MOST_SUMS = 16
 """Of a lane; more, and a warp has fewer rows of the matrix instead, and a block more warps."""

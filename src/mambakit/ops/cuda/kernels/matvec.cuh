@@ -1,16 +1,15 @@
 // The product of `product.cuh` for a few rows of x, in the time that it takes to read the matrix.
 //
 // A warp has ROWS rows of W, and SPLIT warps share them along k. Each number of W is read once, past the first-level cache,
-// DEPTH accesses ahead, and meets BATCH rows of x, which stay in that cache. Accesses that are on their way have places in
-// shared memory (RING), so that few registers are taken, and the blocks of the next kernel find room beside this one's: they
-// begin to read their own rows while all kernels before still wait for one another. Accesses of less than 16 bytes, of which
-// nobody knows how to copy them so, are held in registers.
+// DEPTH accesses ahead, and meets BATCH rows of x, which stay in that cache. Accesses that are on their way are held in
+// registers, or with RING in shared memory. Then few registers are taken, and the blocks of the next kernel find room beside
+// this one's: they begin to read their own rows while all kernels before still wait for one another.
 //
 // A lane adds in the order of k; then lanes, then warps are added in a fixed order. Neither BATCH nor ROWS nor DEPTH has a
 // part in it, so a row of the result is the same, bit for bit, whatever else is in the batch.
 //
-// IO: type of W. X: type of x. LANES: neighbouring numbers of an access, a divisor of K and of the stride of x. RING: whether
-// an access has 16 bytes and a place in shared memory, DEPTH ROWS of them for each thread.
+// IO: type of W. X: type of x. LANES: neighbouring numbers of an access, a divisor of K and of the stride of x. RING: only
+// for accesses of 16 bytes; DEPTH ROWS of them for each thread.
 // WARPS: of a block, SPLIT times a power of two. ROWS * BATCH: a power of two up to 32.
 #pragma once
 #include "overlap.cuh"
