@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.ops.cuda.arrays import TYPES, Variants
+from mambakit.ops.cuda.arrays import TYPES, Variants, shared_memory
 from mambakit.ops.cuda.compiler import kernel
 from mambakit.ops.operators import Operator
 from mambakit.ops.wide_products import multiply_add
@@ -159,5 +159,4 @@ def _run(
 def _shared_bytes(device: torch.device) -> int:
     """Shared memory of a block that leaves room for a second one: while one reads, the other writes."""
     reserved, sums = 1024, 2 * 4 * THREADS // 32  # by the system; in the kernel
-    memory = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    return memory // 2 - reserved - sums
+    return shared_memory(device) // 2 - reserved - sums
