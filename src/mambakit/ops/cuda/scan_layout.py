@@ -125,9 +125,9 @@ class Narrow(NamedTuple):
         return {**common, **sizes, "SHARED_BYTES": self.bytes()}
 
     def bytes(self) -> int:
-        """Shared memory: steps and sums of y of two tiles, inputs of four, restarts."""
+        """Shared memory: steps of two tiles, sums of y and inputs of four, restarts."""
         ring = 2 * self.tile
-        rows = self.warps * (4 * ring * 8 + 48) + self.warps * (8 * (ring + 16) * 4 + 48)
+        rows = self.warps * (4 * ring * 8 + 48) + self.warps * (8 * (2 * ring + 16) * 4 + 48)
         inputs = 4 * self.tile * (2 * 16 + 3 * 4 * self.warps) * 2
         return _aligned(rows + inputs + 4 * ring)
 

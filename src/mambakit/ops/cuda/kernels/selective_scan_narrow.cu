@@ -146,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(2 * HELPERS, MIN_BLOCKS) scan_narro
     restarts = restart_of(tile + 1);
   };
   auto finish = [&](int tile) {
-    const int left = steps_of(tile), from = tile % INPUT_TILES, at = tile % 2 * TILE;
+    const int left = steps_of(tile), from = tile % INPUT_TILES, at = tile * TILE % Y_RING;
 #pragma unroll
     for (int r = 0; r < ROUNDS; r++) {
       const int step = first_step + 32 * r;
@@ -162,15 +162,16 @@ extern "C" __global__ void __launch_bounds__(2 * HELPERS, MIN_BLOCKS) scan_narro
     y_rows.next();
   };
 
+  // A tile is prepared as soon as its place is free, while the one before it is walked; what can wait comes after. `finish` of
+  // all helpers has ended when the tile after the next is ready, before its y can come where the first one was.
   const int tiles = (int)((seqlen + TILE - 1) / TILE);
   copy_inputs(0), copy_inputs(1);
 #pragma unroll 1
   for (int tile = 0; tile < tiles + 2; tile++) {
-    if (tile >= 2) wait(walked(tile - 2)), finish(tile - 2);
-    if (tile >= tiles) continue;
+    if (tile >= 2) wait(walked(tile - 2));
+    await_copies<1>();
+    if (tile < tiles) prepare(tile), arrive(ready(tile));
+    if (tile >= 2) finish(tile - 2);
     copy_inputs(tile + 2);
-    await_copies<2>();
-    prepare(tile);
-    arrive(ready(tile));
   }
 }

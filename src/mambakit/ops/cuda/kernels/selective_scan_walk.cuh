@@ -9,8 +9,11 @@ constexpr int ROUNDS = TILE / 32;      // accesses of a helper's lane to each te
 constexpr int PAIRS = PADDED / 2;
 constexpr int HELPERS = 32 * WARPS;    // lanes
 constexpr int INPUT_TILES = 4;         // from the beginning of its copy until its y is finished
-constexpr int RING = 2 * TILE;         // steps of which dt, dt x and y are there
+constexpr int RING = 2 * TILE;         // steps of which dt and dt x are there
+constexpr int Y_RING = 4 * TILE;       // and y
+constexpr int STRIDE = 2;              // segments that are walked in one piece of code: the more, the better it is ordered
 static_assert(STATES == 2 && SPREAD == 8 && CHANNELS == 1 && SEGMENT == 16, "lanes as operands of tensor cores");
+static_assert(TILE % (STRIDE * SEGMENT) == 0, "barriers are between pieces");
 static_assert(TILE % 32 == 0 && TILE <= HELPERS, "a helper's lane has whole rounds, and at most one restart");
 
 typedef Packed<2> Pair;
@@ -18,7 +21,7 @@ typedef Packed<SLOTS> Slots;
 
 // Gaps let the lanes of a helper, in WARPS groups of channels, write and read without bank conflicts.
 struct alignas(16) Steps { Step of[SLOTS][RING]; float gap[12]; };
-struct alignas(16) Sums { float of[SLOTS][2][RING + 16]; float gap[12]; };
+struct alignas(16) Sums { float of[SLOTS][2][Y_RING + 16]; float gap[12]; };
 struct Shared {
   Steps steps[WARPS];
   Sums y[WARPS];
@@ -190,34 +193,37 @@ FORCE_INLINE void walk(
   next.get(here, QUAD);
   const unsigned segments = (unsigned)((seqlen + SEGMENT - 1) / SEGMENT);
 #pragma unroll 1
-  for (unsigned segment = 0; segment < segments; segment++) {
+  for (unsigned segment = 0; segment < segments; segment += STRIDE) {
     const unsigned step = segment * SEGMENT, tile = step / TILE;  // modulo 2^32, which is a multiple of all rings
-    const bool ends_tile = (step + SEGMENT) % TILE == 0, ends = segment + 1 == segments;
+    const bool ends_tile = (step + STRIDE * SEGMENT) % TILE == 0, ends = segment + STRIDE >= segments;
     wait(ready(tile + 1), ends_tile && !ends);
-    const Source then(shared, lane, step + SEGMENT);
-    if (saves) saved[0] = h[0], saved[2] = h[1];
-    saved += d_inner * PADDED;
-    float products[SEGMENT];
+    const Source then(shared, lane, step + STRIDE * SEGMENT);
 #pragma unroll
-    for (int q = 0; q < SEGMENT; q += QUAD) {
-      const Ready now = ready_next;
-      ready_next.make(next, a, choice);
-      const int ahead = q + 2 * QUAD;
-      next.get(ahead < SEGMENT ? here : then, ahead % SEGMENT);
+    for (int from = 0; from < STRIDE * SEGMENT; from += SEGMENT) {
+      if (saves && segment + from / SEGMENT < segments) saved[0] = h[0], saved[2] = h[1];
+      saved += d_inner * PADDED;
+      float products[SEGMENT];
 #pragma unroll
-      for (int s = 0; s < QUAD; s++) {
-        float sum = 0.0f;
+      for (int q = 0; q < SEGMENT; q += QUAD) {
+        const Ready now = ready_next;
+        ready_next.make(next, a, choice);
+        const int ahead = from + q + 2 * QUAD;
+        next.get(ahead < STRIDE * SEGMENT ? here : then, ahead % (STRIDE * SEGMENT));
 #pragma unroll
-        for (int k = 0; k < 2; k++) {
-          float factor = now.factor[s][k];
-          if (HAS_RESTART) factor *= shared.restarts[step % RING + q + s];
-          h[k] = fmaf(factor, h[k], now.dx[s] * (B_VARIES ? now.B[s][k] : B_fixed[k]));
-          sum = fmaf(C_VARIES ? now.C[s][k] : C_fixed[k], h[k], sum);
+        for (int s = 0; s < QUAD; s++) {
+          float sum = 0.0f;
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            float factor = now.factor[s][k];
+            if (HAS_RESTART) factor *= shared.restarts[step % RING + from + q + s];
+            h[k] = fmaf(factor, h[k], now.dx[s] * (B_VARIES ? now.B[s][k] : B_fixed[k]));
+            sum = fmaf(C_VARIES ? now.C[s][k] : C_fixed[k], h[k], sum);
+          }
+          products[q + s] = sum;
         }
-        products[q + s] = sum;
       }
+      *(float4*)(shared.y[0].of[0][0] + lane.y + step % Y_RING + from) = lane_sums.of(products);
     }
-    *(float4*)(shared.y[0].of[0][0] + lane.y + step % RING) = lane_sums.of(products);
     arrive(walked(tile), ends_tile || ends);
     here = then;
   }
