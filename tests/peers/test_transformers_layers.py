@@ -320,6 +320,21 @@ def test_compiled_as_one_graph():
 
 
 @pytest.mark.slow
+def test_a_compiled_step_is_left_to_the_operations(calls):
+    model = make_model("mamba")
+    mambakit.compat.install()
+    tokens = torch.randint(0, VOCAB, (2, 7))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    logits = []
+    with torch.no_grad():
+        for step in (model, compiled):
+            cache = model(tokens[:, :-1], use_cache=True).cache_params
+            logits.append(step(tokens[:, -1:], use_cache=True, cache_params=cache).logits)
+    assert calls.count("fused_step") == layers_of_mamba(model)
+    torch.testing.assert_close(*logits, **TOLERANCE)
+
+
+@pytest.mark.slow
 def test_an_export_does_not_need_us():
     model = make_model("mamba")
     tokens = torch.randint(0, VOCAB, (1, 5))
