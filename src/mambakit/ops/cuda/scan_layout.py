@@ -116,7 +116,7 @@ class Narrow(NamedTuple):
     warps: int = 4
     """Warps that walk; as many help."""
     tile: int = 64
-    """Steps that the helpers are ahead."""
+    """Steps that the helpers are ahead: one for each two of their lanes."""
 
     def blocks(self, width: int) -> int:
         """Blocks that `width` channels of a group need."""
@@ -129,11 +129,11 @@ class Narrow(NamedTuple):
         return {**common, **sizes, "SHARED_BYTES": self.bytes()}
 
     def bytes(self) -> int:
-        """Shared memory: steps and sums of y of two tiles, inputs of four, restarts."""
+        """Shared memory: steps of two tiles, sums of y and inputs of four, restarts, barriers."""
         ring = 2 * self.tile
-        rows = self.warps * (4 * ring * 8 + 48) + self.warps * (8 * (ring + 16) * 4 + 48)
+        rows = self.warps * (4 * (ring + 2) * 8 + 32 + 8 * (2 * ring + 16) * 4 + 32)
         inputs = 4 * self.tile * (2 * 16 + 3 * 4 * self.warps) * 2
-        return _aligned(rows + inputs + 4 * ring)
+        return _aligned(rows + inputs + 4 * ring + 2 * 8)
 
 
 NARROW = Narrow()

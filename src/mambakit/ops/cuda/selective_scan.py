@@ -375,7 +375,7 @@ class _Inputs:
 
     def run_narrow(self, *arguments: Any) -> None:
         """Launch `scan_narrow`."""
-        options = self.options(channels=4)
+        options = self.options(channels=8)
         for name, weight in (("B", self.B), ("C", self.C)):
             options[f"{name}_LANES"] = lanes(8, weight.shape[-1], weight) if weight.ndim > 2 else 1
         file, name, constants = narrow_kernel(options)
