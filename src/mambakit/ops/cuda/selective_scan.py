@@ -349,6 +349,8 @@ class _Inputs:
             return IS_NARROW
         processors = multiprocessors(self.x.device)
         _, time = plan(self.narrow_blocks, self.x.shape[1], processors, NARROW_PACE, most=1)
+        if self.are_few(FEW_FORWARD, time):
+            return False
         return all(time < self.forward_time(channels) for channels in FORWARD)
 
     def chunk_states(self, chunks: int) -> tuple[Tensor | None, Tensor | None]:

@@ -41,7 +41,8 @@ def test_few_channels_are_walked_in_one_pass(batch: int, seqlen: int, channels: 
 
 
 @pytest.mark.parametrize(
-    ("batch", "seqlen", "channels"), [(8, 2048, 5120), (1, 65536, 1024), (1, 65536, 64)]
+    ("batch", "seqlen", "channels"),
+    [(8, 2048, 5120), (4, 2048, 4096), (1, 65536, 1024), (1, 65536, 64)],
 )
 def test_many_channels_and_very_few_are_not(batch: int, seqlen: int, channels: int) -> None:
     assert not inputs(batch, seqlen, channels).is_narrow()
