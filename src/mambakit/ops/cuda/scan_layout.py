@@ -155,7 +155,7 @@ class Pace(NamedTuple):
 
 FORWARD = {2: Pace(5, 1.5, 0.78, 0.75), 1: Pace(4, 1.95, 0.4, 0.75)}
 """By channels a lane."""
-NARROW_PACE = Pace(2, 0.19, 0.26, 0.0)
+NARROW_PACE = Pace(2, 0.05, 0.25, 0.0)
 """Of `scan_narrow`, which is never cut in time."""
 BACKWARD = Pace(3, 0.95, 1.0, 0.2)
 

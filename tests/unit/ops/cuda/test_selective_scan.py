@@ -54,6 +54,12 @@ def test_a_block_stays_in_its_group() -> None:
     assert inputs(2, 64, 96, groups=4).narrow_blocks == 2 * 4 * 2
 
 
+def test_helpers_move_eight_channels_at_once_where_they_are_aligned() -> None:
+    assert inputs(1, 64, 1536).options(channels=8)["ALIGNED"] == 1
+    assert inputs(1, 64, 1532).options(channels=8)["ALIGNED"] == 0
+    assert inputs(1, 64, 1536, groups=128).options(channels=8)["ALIGNED"] == 0
+
+
 def test_tests_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "IS_NARROW", True)
     assert inputs(8, 2048, 5120).is_narrow()
