@@ -22,7 +22,7 @@ from mambakit.nn import MambaMixer
 from mambakit.nn import mixer as mixer_module
 from mambakit.ops import linear_cross_entropy
 from mambakit.train import TrainConfig, Trainer
-from mambakit.train.step_graph import EAGER_STEPS
+from mambakit.train.step_graph import EAGER_STEPS, StepGraph
 
 pytestmark = pytest.mark.gpu
 
@@ -46,6 +46,24 @@ def test_waits_are_noticed() -> None:
     with waits() as found:
         torch.ones(1, device="cuda").item()
     assert len(found) == 1
+
+
+def collect_and_double(x: Tensor) -> Tensor:
+    gc.collect()  # Python may do so at any time.
+    return 2 * x
+
+
+def test_a_graph_that_is_garbage_does_not_break_a_capture() -> None:
+    x = torch.arange(3.0, device="cuda")
+    old, new = StepGraph(collect_and_double), StepGraph(collect_and_double)
+    for _ in range(EAGER_STEPS):
+        new(x)
+    for _ in range(EAGER_STEPS + 1):
+        old(x)
+    old.itself = old  # type: ignore[attr-defined]
+    del old
+    for _ in range(2):
+        assert new(x).tolist() == [0, 2, 4]
 
 
 def loss_inputs(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,12 @@ from torch.nn.functional import linear
 from mambakit.nn.linear import project_to
 from mambakit.nn.mixer import RECOMPUTES_ON
 from mambakit.nn.recomputation import Recomputation, is_plain
-from mambakit.ops import causal_conv1d, selective_scan, selective_scan_step
+from mambakit.ops import (
+    causal_conv1d,
+    causal_conv1d_step,
+    selective_scan,
+    selective_scan_step,
+)
 from mambakit.ops.linear import linear_step
 
 
@@ -61,8 +67,10 @@ def forward(
         if hasattr(self, "dt_layernorm"):
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         dt, dt_bias = _project(self.dt_proj, dt, again)
-        steering = dt, -torch.exp(self.A_log.float()), B, C, self.D, z, dt_bias, True
-        if ssm_state is not None and seqlen == 1 and not torch.is_grad_enabled():
+        # Not exp, which wakes a second thread for few numbers: see `MambaMixer._decay`.
+        A = -torch.exp2(self.A_log.float() / math.log(2))
+        steering = dt, A, B, C, self.D, z, dt_bias, True
+        if ssm_state is not None and _is_step(x):
             y, state = _step(ssm_state, x, *steering)
         else:
             y, state = selective_scan(x, *steering, initial_state=ssm_state, seq_idx=seq_idx)
@@ -75,12 +83,23 @@ def forward(
 
 
 def _applied(layer: Any, x: Tensor) -> Tensor:
-    """layer(x); of a plain one that sees one position the matrix is read at the memory's speed."""
-    is_step = x.shape[1] == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if is_step and is_plain(layer, nn.Linear) and x.dtype == layer.weight.dtype:
-        return linear_step(x[:, 0], layer.weight, layer.bias)[:, None]
+    """layer(x)."""
+    if is_plain(layer, nn.Linear) and _is_step(x):
+        return _product(x, layer.weight, layer.bias)
     y: Tensor = layer(x)
     return y
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer; for one position its matrix is read at the memory's speed."""
+    if _is_step(x) and x.dtype == weight.dtype and not torch.compiler.is_compiling():
+        return linear_step(x[:, 0], weight, bias)[:, None]
+    return linear(x, weight, bias)
+
+
+def _is_step(x: Tensor) -> bool:
+    """One position, of which no gradient is asked for."""
+    return x.shape[1] == 1 and not torch.is_grad_enabled()
 
 
 def _masked(hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -104,7 +123,13 @@ def _convolve(
 ) -> Tensor:
     """The convolution and its activation; None is SiLU, within the operation."""
     name = "silu" if activation is None else None
-    y, _ = causal_conv1d(x, weight.squeeze(1), bias, name, initial_state=past, seq_idx=seq_idx)
+    filters = weight.squeeze(1), bias, name
+    if past is not None and seq_idx is None and _is_step(x):
+        # In a copy: the cache takes the input by itself.
+        state = past.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+        y = causal_conv1d_step(state, x[:, 0], *filters)[:, None]
+    else:
+        y, _ = causal_conv1d(x, *filters, initial_state=past, seq_idx=seq_idx)
     return _masked(y if activation is None else activation(y), mask)
 
 
@@ -113,7 +138,7 @@ def _project(dt_proj: nn.Module, dt: Tensor, again: Recomputation) -> tuple[Tens
     if type(dt_proj) is not nn.Linear:
         # An adapter or a quantised layer: only as a whole is it what it should be.
         return dt_proj(dt), None
-    projected = linear(dt, dt_proj.weight)
+    projected = _product(dt, dt_proj.weight, None)
     again.instead_of(projected, project_to(projected.dtype), dt, dt_proj.weight)
     return projected, dt_proj.bias
 

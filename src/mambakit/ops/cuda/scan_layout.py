@@ -46,7 +46,7 @@ class Layout(NamedTuple):
     @property
     def segment(self) -> int:
         """Steps between two exchanges within a warp of the forward."""
-        return 16 if self.channels == 2 and self.on_tensor_cores else 8
+        return 16 if self.on_tensor_cores else 8
 
     def blocks(self, width: int) -> int:
         """Blocks that `width` channels of a group need."""
@@ -69,9 +69,9 @@ class Layout(NamedTuple):
         warp = self.segment * (self.slots * (2 * floats + (self.spread + 1) * floats) + 4)
         return _aligned(self.warps * warp + 4 * self.tile * self.padded * self.number_bytes)
 
-    def backward_bytes(self, io_bytes: int) -> int:
-        """Shared memory of `scan_backward`, in the order of its structs."""
-        tile, segment, floats = self.save_every, 4, 4 * self.channels
+    def backward_bytes(self, io_bytes: int, segment: int = 4) -> int:
+        """Shared memory of `scan_backward` with segments of so many steps, in the order of its structs."""
+        tile, floats = self.save_every, 4 * self.channels
         states, lanes = self.states * self.number_bytes, 32 * self.channels
         warp = tile * self.slots * (2 * floats + 8 * self.channels * io_bytes)
         warp = _aligned(warp + 2 * 4 * lanes + segment * self.slots * floats)
@@ -157,7 +157,13 @@ FORWARD = {2: Pace(5, 1.5, 0.78, 0.75), 1: Pace(4, 1.95, 0.4, 0.75)}
 """By channels a lane."""
 NARROW_PACE = Pace(2, 0.05, 0.25, 0.0)
 """Of `scan_narrow`, which is never cut in time."""
-BACKWARD = Pace(3, 0.95, 1.0, 0.2)
+BACKWARD = {4: Pace(3, 0.95, 1.0, 0.2), 8: Pace(2, 2.0, 0.674, 0.28)}
+"""By steps of a segment. The longer ones take the registers of a third block, and win where there is none."""
+
+
+def segments(form: Layout) -> list[int]:
+    """Steps that segments of the backward may have."""
+    return list(BACKWARD) if form.on_tensor_cores else [4]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -207,7 +213,8 @@ def variants() -> Variants:
         for channels in range(1, form.channels + 1):
             for mode in ("CHUNK_STATES", "OUTPUTS", "CHUNK_ADJOINTS"):
                 found.append(forward_kernel(form._replace(channels=channels), mode, common))
-        found.append(backward_kernel(form, size, "scan_backward", common))
+        for segment in segments(form):
+            found.append(backward_kernel(form, size, "scan_backward", common, segment))
         if takes_narrow(form, size):
             lanes = {"B_LANES": 8 if aligned else 1, "C_LANES": 8 if aligned else 2}
             found.append(narrow_kernel({**common, **lanes}))
@@ -233,12 +240,12 @@ def narrow_kernel(options: dict[str, int | str]) -> tuple[str, str, dict[str, in
 
 
 def backward_kernel(
-    form: Layout, io_bytes: int, name: str, options: dict[str, int | str]
+    form: Layout, io_bytes: int, name: str, options: dict[str, int | str], segment: int
 ) -> tuple[str, str, dict[str, int | str]]:
     """File, name and constants of a kernel in the backward's file."""
-    resident = BACKWARD.resident if form.on_tensor_cores else 1
+    resident = BACKWARD[segment].resident if form.on_tensor_cores else 1
     constants: dict[str, int | str] = {"MIN_BLOCKS": resident, **form.constants(), **options}
-    constants["SHARED_BYTES"] = form.backward_bytes(io_bytes)
+    constants |= {"SEGMENT": segment, "SHARED_BYTES": form.backward_bytes(io_bytes, segment)}
     return "selective_scan_backward.cu", name, constants
 
 

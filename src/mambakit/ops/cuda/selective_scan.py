@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from mambakit.ops.cuda.arrays import TYPES, lanes, multiprocessors, readable
+from mambakit.ops.cuda.arrays import TYPES, lanes, multiprocessors, readable, shared_memory
 from mambakit.ops.cuda.compiler import kernel
 from mambakit.ops.cuda.launch import Kernel
 from mambakit.ops.cuda.scan_layout import (
@@ -24,6 +24,7 @@ from mambakit.ops.cuda.scan_layout import (
     layout,
     narrow_kernel,
     plan,
+    segments,
     takes_narrow,
     variants,
 )
@@ -34,6 +35,8 @@ __all__ = ["selective_scan", "variants"]
 
 CHUNKS: int | None = None
 """How many chunks to cut time into, for tests; None lets `plan` choose."""
+SEGMENT: int | None = None
+"""Steps of a segment of the backward, for tests, where there is a choice; None lets `plan` choose."""
 IS_NARROW: bool | None = False
 """Whether few channels are walked by `scan_narrow`; None lets `plan` choose. Not before all of its tests have run on a
 GPU; its speed and some values have been seen on one (docs/lab-notes.md)."""
@@ -169,7 +172,8 @@ def _run_backward(
     dz = nothing() if z is None else torch.empty_like(dx)
     dinitial = torch.empty_like(dstate)
 
-    chunk, chunks = inputs.cut(BACKWARD)
+    segment = inputs.segment()
+    chunk, chunks = inputs.cut(BACKWARD[segment])
     adjoints, sums = inputs.chunk_states(chunks)
     if chunks > 1:
         inputs.run(
@@ -189,7 +193,7 @@ def _run_backward(
 
     def of_file(name: str) -> Kernel:
         size = inputs.x.element_size()
-        file, _, constants = backward_kernel(form, size, name, inputs.options(dout))
+        file, _, constants = backward_kernel(form, size, name, inputs.options(dout), segment)
         return kernel(file, name, device, **constants)
 
     run, add = of_file("scan_backward"), of_file("scan_add_parts")
@@ -200,7 +204,7 @@ def _run_backward(
         seqlen, d_inner, d_state, inputs.groups, chunk, chunks,
         *_rows(dout), *_rows(inputs.x), *_rows(inputs.dt), *_rows(inputs.z),
         *_weight_rows(inputs.B), *_weight_rows(inputs.C),
-        shared=form.backward_bytes(inputs.x.element_size()),
+        shared=form.backward_bytes(inputs.x.element_size(), segment),
     )  # fmt: skip
 
     def weight(parts: Tensor, like: Tensor, read: Tensor) -> Tensor:
@@ -314,6 +318,22 @@ class _Inputs:
         channels = min((n for n in FORWARD if n <= self.form.channels), key=self.forward_time)
         self.form = self.form._replace(channels=channels)
         return self.cut(FORWARD[channels])
+
+    def segment(self) -> int:
+        """Steps of a segment of the backward: 8 if the blocks are too few to need one another's registers."""
+        possible = segments(self.form)
+        if SEGMENT in possible:
+            return SEGMENT
+        seqlen, device = self.x.shape[1], self.x.device
+
+        def time(segment: int) -> float:
+            pace = BACKWARD[segment]
+            memory = pace.resident * self.form.backward_bytes(self.x.element_size(), segment)
+            if segment == 8 and memory > shared_memory(device):
+                return math.inf
+            return plan(self.blocks, seqlen, multiprocessors(device), pace)[1]
+
+        return min(possible, key=time)
 
     def is_narrow(self) -> bool:
         """Whether `scan_narrow` knows the sizes, and is faster than any other way."""

@@ -13,6 +13,7 @@ from mambakit.ops.cuda.scan_layout import (
     Pace,
     layout,
     plan,
+    segments,
     takes_narrow,
 )
 
@@ -33,16 +34,18 @@ def test_a_warp_holds_every_state_of_its_channels(d_state: int, is_complex: bool
 def test_a_block_fits_on_every_gpu(d_state: int) -> None:
     form = layout(d_state, is_complex=False)
     assert form.forward_bytes() <= SHARED_LIMIT
-    assert form.backward_bytes(io_bytes=4) <= SHARED_LIMIT
+    for segment in segments(form):
+        assert form.backward_bytes(4, segment) <= SHARED_LIMIT
+        assert form.save_every % segment == 0
 
 
-@pytest.mark.parametrize("pace", [*FORWARD.values(), BACKWARD])
+@pytest.mark.parametrize("pace", [*FORWARD.values(), *BACKWARD.values()])
 def test_many_channels_are_not_cut_in_time(pace: Pace) -> None:
     full = MULTIPROCESSORS * pace.resident
     assert plan(full, 4096, MULTIPROCESSORS, pace)[0] == 1
 
 
-@pytest.mark.parametrize("pace", [*FORWARD.values(), BACKWARD])
+@pytest.mark.parametrize("pace", [*FORWARD.values(), *BACKWARD.values()])
 def test_few_channels_of_a_long_sequence_fill_the_gpu(pace: Pace) -> None:
     blocks = 24
     chunks, _ = plan(blocks, 65536, MULTIPROCESSORS, pace)
@@ -53,7 +56,7 @@ def test_few_channels_of_a_long_sequence_fill_the_gpu(pace: Pace) -> None:
 
 @pytest.mark.parametrize("seqlen", [1, 127, 255, 256, 1000])
 def test_a_chunk_is_worth_its_launch(seqlen: int) -> None:
-    chunks, _ = plan(1, seqlen, MULTIPROCESSORS, BACKWARD)
+    chunks, _ = plan(1, seqlen, MULTIPROCESSORS, BACKWARD[4])
     assert 1 <= chunks <= max(1, seqlen // 128)
 
 
