@@ -10,10 +10,9 @@ from mambakit.ops.cuda import selective_scan as cuda
 
 @pytest.fixture(autouse=True)
 def _device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An H100, and `plan` is free to choose."""
+    """An H100."""
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(cuda, "shared_memory", lambda device: 228 * 1024)
-    monkeypatch.setattr(cuda, "IS_NARROW", None)
 
 
 def inputs(
