@@ -38,9 +38,8 @@ CHUNKS: int | None = None
 """How many chunks to cut time into, for tests; None lets `plan` choose."""
 IS_FEW: bool | None = None
 """Whether blocks count as few where there is a choice, for tests; None lets `plan` choose."""
-IS_NARROW: bool | None = False
-"""Whether few channels are walked by `scan_narrow`; None lets `plan` choose. Not before all of its tests have run on a
-GPU; its speed and some values have been seen on one (docs/lab-notes.md)."""
+IS_NARROW: bool | None = None
+"""Whether `scan_narrow` runs where it can, for tests; None lets `plan` choose."""
 
 
 def selective_scan(

@@ -12,10 +12,9 @@ from mambakit.ops.cuda import selective_scan as cuda
 
 @pytest.fixture(autouse=True)
 def _device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An H100, and `plan` is free to choose."""
+    """An H100."""
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(cuda, "shared_memory", lambda device: 228 * 1024)
-    monkeypatch.setattr(cuda, "IS_NARROW", None)
 
 
 def inputs(
@@ -56,6 +55,12 @@ def test_what_the_kernel_does_not_know() -> None:
 def test_a_block_stays_in_its_group() -> None:
     assert inputs(2, 64, 96, groups=1).narrow_blocks == 2 * 6
     assert inputs(2, 64, 96, groups=4).narrow_blocks == 2 * 4 * 2
+
+
+def test_helpers_move_eight_channels_at_once_where_they_are_aligned() -> None:
+    assert inputs(1, 64, 1536).options(channels=8)["ALIGNED"] == 1
+    assert inputs(1, 64, 1532).options(channels=8)["ALIGNED"] == 0
+    assert inputs(1, 64, 1536, groups=128).options(channels=8)["ALIGNED"] == 0
 
 
 def test_tests_choose(monkeypatch: pytest.MonkeyPatch) -> None:
