@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from mambakit import ops
 from mambakit.models import MambaConfig, MambaLanguageModel, ModelState
 from mambakit.models.fused_step import fused_step
-from mambakit.ops.cuda import launch, model_step, products, step_products, tensor_core_products
+from mambakit.ops.cuda import launch, model_step, step_products, tensor_core_products
 from mambakit.ops.model_layer import Layer
 
 pytestmark = pytest.mark.gpu
@@ -33,27 +33,18 @@ SIZES = {
 }
 
 
-LAYOUTS = {
-    f"{count} multiprocessors{name}": (count, together, ring)
-    for count in (1, 5, 200)
-    for name, together, ring in (
-        ("", True, False),
-        (", warps", False, False),
-        (", ring", True, True),
-    )
+LAYOUTS = {f"{count} multiprocessors": {"multiprocessors": count} for count in (1, 5, 200)}
+LAYOUTS |= {
+    f"{name}, warps": {**layout, "has_warpgroups": False} for name, layout in LAYOUTS.items()
 }
 
 
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a product is laid out for: few multiprocessors fill with many rows a warp, many only with rows that warps
-    share; warps that multiply together, where there are any, or each by itself; and with accesses on their way to
-    shared memory or to registers."""
-    count, together, ring = request.param
-    monkeypatch.setattr(step_products, "multiprocessors", lambda _: count)
-    if not together:
-        monkeypatch.setattr(step_products, "has_warpgroups", lambda _: False)
-    monkeypatch.setattr(products, "HAS_RING", ring)
+    share; and warps that multiply together, where there are any, or each by itself."""
+    for name, value in request.param.items():
+        monkeypatch.setattr(step_products, name, lambda _, value=value: value)
 
 
 def make_layer(

@@ -99,7 +99,7 @@ def test_any_number_of_chunks(kind: str, seqlen: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "documents", "groups", "constant"])
 @pytest.mark.parametrize(("seqlen", "channels"), [(5, 200), (300, 65)])
-def test_long_segments(
+def test_few_blocks(
     kind: str,
     dtype: torch.dtype,
     chunks: int,
@@ -107,11 +107,11 @@ def test_long_segments(
     channels: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The backward walks 8 steps at a time, whatever the shape."""
+    """Kernels with the registers that few blocks leave, whatever the shape; the backward walks 8 steps at a time."""
     from mambakit.ops.cuda import selective_scan as cuda
 
     monkeypatch.setattr(cuda, "CHUNKS", chunks)
-    monkeypatch.setattr(cuda, "SEGMENT", 8)
+    monkeypatch.setattr(cuda, "IS_FEW", True)
     groups = 5 if kind == "groups" else None
     constant = "BC" if kind == "constant" else ""
     inputs = case(2, seqlen, channels, 13, dtype=dtype, groups=groups, constant=constant)

@@ -334,7 +334,6 @@ def _scan_layout(states: int, spread: int, along: int, rank: int, tile: int) -> 
         "STATES": states,
         "SPREAD": spread,
         "LANES": along,
-        "RING": 0,
         "ROWS": 1,
         "DEPTH": depth,
         "BATCH": tile,

@@ -11,16 +11,9 @@ MOST_ROWS = 8
 ENOUGH_WARPS = 8
 """Of a multiprocessor, two blocks of four: with fewer, too few reads are on their way."""
 
-HAS_RING = False
-"""Whether accesses of 16 bytes are on their way to shared memory instead of to registers. Not before it has been
-measured on a GPU: it was compared on a CPU alone (docs/lab-notes.md)."""
-
-READS = 12
-"""Accesses that a lane has on their way to shared memory: 16 warps of a multiprocessor then wait for 96 KB, and as many
-of the next kernel find room beside them."""
-
-READS_IN_REGISTERS = 8
-"""On their way to registers: 16 warps then wait for 64 KB. Half as many where sums of four rows and more take these."""
+READS = 8
+"""Accesses of 16 bytes that a lane has on their way: 16 warps of a multiprocessor then wait for 64 KB. Half as many
+where sums of four rows and more take the registers."""
 
 MOST_SUMS = 16
 """Of a lane; more, and a warp has fewer rows of the matrix instead, and a block more warps."""
@@ -40,20 +33,12 @@ class Layout(NamedTuple):
         """Blocks that a matrix with so many rows needs, whatever the batch."""
         return -(-rows // (self._warps // self.split * self.rows))
 
-    def constants(self, batch: int, *, ring: bool) -> dict[str, int]:
-        """As the kernels read them.
-
-        Args:
-            batch: Rows of x.
-            ring: Whether accesses have 16 bytes, and are on their way to shared memory.
-        """
+    def constants(self, batch: int) -> dict[str, int]:
+        """As the kernels read them, for so many rows of x."""
         tile = tile_of(batch)
         fewer = max(1, self.rows * tile // MOST_SUMS)
-        rows, reads = self.rows // fewer, READS
-        if not ring:
-            reads = READS_IN_REGISTERS if tile <= 2 else READS_IN_REGISTERS // 2
+        rows, reads = self.rows // fewer, READS if tile <= 2 else READS // 2
         return {
-            "RING": int(ring),
             "ROWS": rows,
             "SPLIT": self.split,
             "WARPS": self._warps * fewer,
@@ -64,12 +49,6 @@ class Layout(NamedTuple):
     @property
     def _warps(self) -> int:
         return max(4, self.split)
-
-
-def shared_memory(constants: dict[str, int]) -> int:
-    """Bytes of a block for accesses that are on their way."""
-    threads = 32 * constants["WARPS"]
-    return constants["RING"] * 16 * threads * constants["DEPTH"] * constants["ROWS"]
 
 
 def tile_of(batch: int) -> int:

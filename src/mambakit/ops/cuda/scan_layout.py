@@ -69,9 +69,13 @@ class Layout(NamedTuple):
         warp = self.segment * (self.slots * (2 * floats + (self.spread + 1) * floats) + 4)
         return _aligned(self.warps * warp + 4 * self.tile * self.padded * self.number_bytes)
 
-    def backward_bytes(self, io_bytes: int, segment: int = 4) -> int:
-        """Shared memory of `scan_backward` with segments of so many steps, in the order of its structs."""
-        tile, floats = self.save_every, 4 * self.channels
+    def backward_segment(self, is_few: bool) -> int:
+        """Steps that a warp of the backward walks back at a time."""
+        return 8 if is_few else 4
+
+    def backward_bytes(self, io_bytes: int, is_few: bool = False) -> int:
+        """Shared memory of `scan_backward`, in the order of its structs."""
+        tile, segment, floats = self.save_every, self.backward_segment(is_few), 4 * self.channels
         states, lanes = self.states * self.number_bytes, 32 * self.channels
         warp = tile * self.slots * (2 * floats + 8 * self.channels * io_bytes)
         warp = _aligned(warp + 2 * 4 * lanes + segment * self.slots * floats)
@@ -155,15 +159,14 @@ class Pace(NamedTuple):
 
 FORWARD = {2: Pace(5, 1.5, 0.78, 0.75), 1: Pace(4, 1.95, 0.4, 0.75)}
 """By channels a lane."""
-NARROW_PACE = Pace(2, 0.19, 0.26, 0.0)
-"""Of `scan_narrow`, which is never cut in time."""
-BACKWARD = {4: Pace(3, 0.95, 1.0, 0.2), 8: Pace(2, 2.0, 0.674, 0.28)}
-"""By steps of a segment. The longer ones take the registers of a third block, and win where there is none."""
+NARROW_PACE = Pace(2, 0.05, 0.29, 0.0)
+"""Of `scan_narrow`, which is never cut in time. Its measured cost is 0.25: it is taken where it is faster by a seventh,
+since the times of many blocks of the other kernels are estimated too long by a tenth."""
+BACKWARD = Pace(3, 0.95, 1.0, 0.2)
 
-
-def segments(form: Layout) -> list[int]:
-    """Steps that segments of the backward may have."""
-    return list(BACKWARD) if form.on_tensor_cores else [4]
+FEW_FORWARD, FEW_BACKWARD = Pace(2, 2.04, 0.52, 0.0), Pace(2, 2.0, 0.674, 0.0)
+"""Where no multiprocessor gets a third block: each of two may then have 255 registers. Two channels a lane, and time is
+not cut."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -213,8 +216,10 @@ def variants() -> Variants:
         for channels in range(1, form.channels + 1):
             for mode in ("CHUNK_STATES", "OUTPUTS", "CHUNK_ADJOINTS"):
                 found.append(forward_kernel(form._replace(channels=channels), mode, common))
-        for segment in segments(form):
-            found.append(backward_kernel(form, size, "scan_backward", common, segment))
+        found.append(backward_kernel(form, size, "scan_backward", common))
+        if form.on_tensor_cores:
+            found.append(forward_kernel(form, "OUTPUTS", common, is_few=True))
+            found.append(backward_kernel(form, size, "scan_backward", common, is_few=True))
         if takes_narrow(form, size):
             lanes = {"B_LANES": 8 if aligned else 1, "C_LANES": 8 if aligned else 2}
             found.append(narrow_kernel({**common, **lanes}))
@@ -222,10 +227,11 @@ def variants() -> Variants:
 
 
 def forward_kernel(
-    form: Layout, mode: str, options: dict[str, int | str]
+    form: Layout, mode: str, options: dict[str, int | str], is_few: bool = False
 ) -> tuple[str, str, dict[str, int | str]]:
     """File, name and constants of `scan_forward`; for `mode` see there."""
-    resident = FORWARD[form.channels].resident if form.on_tensor_cores else 1
+    pace = FEW_FORWARD if is_few else FORWARD[form.channels]
+    resident = pace.resident if form.on_tensor_cores else 1
     if resident > 4 and options["IO"] == "float":
         resident = 4  # Its exact functions need the registers.
     constants: dict[str, int | str] = {"MODE": mode, "MIN_BLOCKS": resident}
@@ -240,12 +246,14 @@ def narrow_kernel(options: dict[str, int | str]) -> tuple[str, str, dict[str, in
 
 
 def backward_kernel(
-    form: Layout, io_bytes: int, name: str, options: dict[str, int | str], segment: int
+    form: Layout, io_bytes: int, name: str, options: dict[str, int | str], is_few: bool = False
 ) -> tuple[str, str, dict[str, int | str]]:
     """File, name and constants of a kernel in the backward's file."""
-    resident = BACKWARD[segment].resident if form.on_tensor_cores else 1
+    pace = FEW_BACKWARD if is_few else BACKWARD
+    resident = pace.resident if form.on_tensor_cores else 1
     constants: dict[str, int | str] = {"MIN_BLOCKS": resident, **form.constants(), **options}
-    constants |= {"SEGMENT": segment, "SHARED_BYTES": form.backward_bytes(io_bytes, segment)}
+    constants["SEGMENT"] = form.backward_segment(is_few)
+    constants["SHARED_BYTES"] = form.backward_bytes(io_bytes, is_few)
     return "selective_scan_backward.cu", name, constants
 
 

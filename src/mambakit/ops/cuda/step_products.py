@@ -60,7 +60,7 @@ def product(weight: Tensor, x: Tensor, neighbours: int) -> Product:
     if _are_for_tensor_cores(x.shape[0], weight, along):
         together = has_warpgroups(weight.device)
         return _on_tensor_cores(weight.shape, x, weight.dtype, neighbours, count, together)
-    return _by_numbers(weight.shape, x, weight.dtype, along, count, products.HAS_RING)
+    return _by_numbers(weight.shape, x, weight.dtype, along, count)
 
 
 def are_for_tensor_cores(layer: Layer, batch: int) -> bool:
@@ -91,17 +91,17 @@ def _on_tensor_cores(
 
 
 def _by_numbers(
-    shape: torch.Size, x: Tensor, dtype: torch.dtype, along: int, count: int, ring: bool
+    shape: torch.Size, x: Tensor, dtype: torch.dtype, along: int, count: int
 ) -> Product:
     rows, columns = shape
     layout = products.plan(rows, columns, along, count)
-    constants = layout.constants(x.shape[0], ring=ring and along * dtype.itemsize == 16)
+    constants = layout.constants(x.shape[0])
     blocks, turns = layout.blocks(rows), -(-x.shape[0] // products.tile_of(x.shape[0]))
     return Product(
         {**types(dtype, x.dtype), "LANES": along, **constants},
         (blocks, turns),
         32 * constants["WARPS"],
-        products.shared_memory(constants),
+        0,
         blocks,
     )
 
@@ -140,7 +140,7 @@ def variants() -> Variants:
             shape, x = torch.Size((rows, columns)), torch.empty(batch, 0, dtype=x_dtype)
             if are_few:
                 along = lanes(16 // io.itemsize, columns)
-                of_shape = [_by_numbers(shape, x, io, along, 132, ring) for ring in (False, True)]
+                of_shape = [_by_numbers(shape, x, io, along, 132)]
             else:
                 of_shape = [
                     _on_tensor_cores(shape, x, io, lanes(NEIGHBOURS, rows), 132, together)

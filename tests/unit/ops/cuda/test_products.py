@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 
-from mambakit.ops.cuda.products import MOST_ROWS, Layout, plan, shared_memory, tile_of
+from mambakit.ops.cuda.products import MOST_ROWS, Layout, plan, tile_of
 
 H100 = 132
 
@@ -37,15 +35,13 @@ def test_every_row_has_one_place(rows: int, columns: int, along: int, multiproce
     layout = plan(rows, columns, along, multiprocessors)
     blocks = layout.blocks(rows)
     assert layout.chunks * layout.split * 32 * along >= columns
-    for batch, ring in product(range(1, MOST_ROWS + 1), (False, True)):
-        found = layout.constants(batch, ring=ring)
+    for batch in range(1, MOST_ROWS + 1):
+        found = layout.constants(batch)
         assert found["BATCH"] >= batch
         assert found["ROWS"] * found["BATCH"] <= 16
         assert found["SPLIT"] == layout.split  # the order of sums is the same for every batch
         assert 32 * found["WARPS"] <= 512
         assert 1 <= found["DEPTH"] <= layout.chunks
-        blocks_at_once = 16 // found["WARPS"]
-        assert blocks_at_once * shared_memory(found) <= (96 * 1024 if ring else 0)
         each = found["WARPS"] // found["SPLIT"] * found["ROWS"]
         assert each * (blocks - 1) < rows <= each * blocks
 
@@ -56,9 +52,5 @@ def test_tiles() -> None:
 
 def test_sums_of_many_rows_get_more_warps_instead_of_more_registers() -> None:
     layout = Layout(rows=4, split=2, chunks=10)
-    few = {"RING": 0, "ROWS": 4, "SPLIT": 2, "WARPS": 4, "DEPTH": 2, "BATCH": 1}
-    assert layout.constants(1, ring=False) == few
-    assert layout.constants(1, ring=True) == {**few, "RING": 1, "DEPTH": 3}
-    many = {"RING": 0, "ROWS": 2, "SPLIT": 2, "WARPS": 8, "DEPTH": 2, "BATCH": 8}
-    assert layout.constants(7, ring=False) == many
-    assert layout.constants(7, ring=True) == {**many, "RING": 1, "DEPTH": 6}
+    assert layout.constants(1) == {"ROWS": 4, "SPLIT": 2, "WARPS": 4, "DEPTH": 2, "BATCH": 1}
+    assert layout.constants(7) == {"ROWS": 2, "SPLIT": 2, "WARPS": 8, "DEPTH": 2, "BATCH": 8}

@@ -13,7 +13,6 @@ from mambakit.ops.cuda.scan_layout import (
     Pace,
     layout,
     plan,
-    segments,
     takes_narrow,
 )
 
@@ -34,18 +33,18 @@ def test_a_warp_holds_every_state_of_its_channels(d_state: int, is_complex: bool
 def test_a_block_fits_on_every_gpu(d_state: int) -> None:
     form = layout(d_state, is_complex=False)
     assert form.forward_bytes() <= SHARED_LIMIT
-    for segment in segments(form):
-        assert form.backward_bytes(4, segment) <= SHARED_LIMIT
-        assert form.save_every % segment == 0
+    for is_few in (False, True) if form.on_tensor_cores else (False,):
+        assert form.backward_bytes(4, is_few) <= SHARED_LIMIT
+        assert form.save_every % form.backward_segment(is_few) == 0
 
 
-@pytest.mark.parametrize("pace", [*FORWARD.values(), *BACKWARD.values()])
+@pytest.mark.parametrize("pace", [*FORWARD.values(), BACKWARD])
 def test_many_channels_are_not_cut_in_time(pace: Pace) -> None:
     full = MULTIPROCESSORS * pace.resident
     assert plan(full, 4096, MULTIPROCESSORS, pace)[0] == 1
 
 
-@pytest.mark.parametrize("pace", [*FORWARD.values(), *BACKWARD.values()])
+@pytest.mark.parametrize("pace", [*FORWARD.values(), BACKWARD])
 def test_few_channels_of_a_long_sequence_fill_the_gpu(pace: Pace) -> None:
     blocks = 24
     chunks, _ = plan(blocks, 65536, MULTIPROCESSORS, pace)
@@ -56,7 +55,7 @@ def test_few_channels_of_a_long_sequence_fill_the_gpu(pace: Pace) -> None:
 
 @pytest.mark.parametrize("seqlen", [1, 127, 255, 256, 1000])
 def test_a_chunk_is_worth_its_launch(seqlen: int) -> None:
-    chunks, _ = plan(1, seqlen, MULTIPROCESSORS, BACKWARD[4])
+    chunks, _ = plan(1, seqlen, MULTIPROCESSORS, BACKWARD)
     assert 1 <= chunks <= max(1, seqlen // 128)
 
 

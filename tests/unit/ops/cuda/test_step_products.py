@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mambakit.ops.cuda import products, step_products, tensor_core_products
+from mambakit.ops.cuda import step_products, tensor_core_products
 from mambakit.ops.cuda.step_products import are_for_tensor_cores, product
 from mambakit.ops.model_layer import Layer
 
@@ -80,15 +80,12 @@ def test_the_launch_on_tensor_cores(
     assert found.shared == tiles.shared_memory(64, 2)
 
 
-@pytest.mark.parametrize("ring", [False, True])
-def test_the_launch_number_by_number(ring: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "HAS_RING", ring)
+def test_the_launch_number_by_number() -> None:
     found = product(*make(20, torch.float32), 1)
     assert found.constants["BATCH"] == 8
     assert found.grid == (found.parts, 3)
     assert found.block == 32 * int(found.constants["WARPS"])
-    held = found.constants["DEPTH"] * found.constants["ROWS"]
-    assert found.shared == (16 * found.block * held if ring else 0)
+    assert found.shared == 0
 
 
 def make_layer(rank: int, d_state: int = 16, dtype: torch.dtype = torch.bfloat16) -> Layer:

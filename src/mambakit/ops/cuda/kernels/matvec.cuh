@@ -1,19 +1,15 @@
 // The product of `product.cuh` for a few rows of x, in the time that it takes to read the matrix.
 //
 // A warp has ROWS rows of W, and SPLIT warps share them along k. Each number of W is read once, past the first-level cache,
-// DEPTH accesses ahead, and meets BATCH rows of x, which stay in that cache. Accesses that are on their way are held in
-// registers, or with RING in shared memory. Then few registers are taken, and the blocks of the next kernel find room beside
-// this one's: they begin to read their own rows while all kernels before still wait for one another.
+// DEPTH accesses ahead, and meets BATCH rows of x, which stay in that cache.
 //
 // A lane adds in the order of k; then lanes, then warps are added in a fixed order. Neither BATCH nor ROWS nor DEPTH has a
 // part in it, so a row of the result is the same, bit for bit, whatever else is in the batch.
 //
-// IO: type of W. X: type of x. LANES: neighbouring numbers of an access, a divisor of K and of the stride of x. RING: only
-// for accesses of 16 bytes; DEPTH ROWS of them for each thread.
+// IO: type of W. X: type of x. LANES: neighbouring numbers of an access, a divisor of K and of the stride of x.
 // WARPS: of a block, SPLIT times a power of two. ROWS * BATCH: a power of two up to 32.
 #pragma once
 #include "overlap.cuh"
-#include "tensor_cores.cuh"
 #include "vectors.cuh"
 
 // Read once and by nobody else: not kept in the first-level cache.
@@ -33,50 +29,23 @@ template <int COUNT, class T> __device__ __forceinline__ Vector<T, COUNT> stream
 // ROWS rows of W, on their way to SHARING lanes. The reading begins at once; `multiply` goes on with it.
 template <int SHARING> struct Weights {
   static constexpr int STEP = SHARING * LANES;
-  using Access = Vector<IO, LANES>;
   const IO* at[ROWS];
   int first, columns;
-#if RING
-  Access* held;  // of this thread; neighbouring lanes have neighbouring places
-#else
-  Access held[DEPTH][ROWS];
-#endif
+  Vector<IO, LANES> held[DEPTH][ROWS];
 
   // Row `row` and those after it; past the last one it is read again.
   __device__ __forceinline__ Weights(const IO* weight, int64 row, int64 rows, int columns, int lane)
       : first(lane * LANES), columns(columns) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) at[r] = weight + min(row + r, rows - 1) * columns;
-#if RING
-    extern __shared__ uint4 memory[];
-    held = reinterpret_cast<Access*>(memory) + threadIdx.x;
-#endif
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) fetch(d, first + d * STEP);
   }
 
   __device__ __forceinline__ void fetch(int d, int k) {
-#if RING
-    if (k < columns)
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) copy_async(held + (d * ROWS + r) * blockDim.x, at[r] + k, true);
-    commit_copies();  // also of none, so that they are counted
-#else
     if (k >= columns) return;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) held[d][r] = stream<LANES>(at[r] + k);
-#endif
-  }
-
-  __device__ __forceinline__ void take(float (&w)[ROWS][LANES], int d) const {
-#if RING
-    await_copies<DEPTH - 1>();
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) unpack(w[r], held[(d * ROWS + r) * blockDim.x]);
-#else
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) unpack(w[r], held[d][r]);
-#endif
   }
 
   // Adds this lane's part of the products with `batch` rows of x; what is past these is not to be used.
@@ -87,7 +56,8 @@ template <int SHARING> struct Weights {
         const int k = begin + d * STEP;
         if (k >= columns) break;
         float w[ROWS][LANES];
-        take(w, d);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) unpack(w[r], held[d][r]);
         fetch(d, k + DEPTH * STEP);
 #pragma unroll
         for (int b = 0; b < BATCH; ++b) {
@@ -127,7 +97,7 @@ constexpr int NEIGHBOURS = 1;  // rows of W that an end takes
 constexpr int VALUES = ROWS * BATCH;
 constexpr int EACH = 32 / VALUES;      // lanes that have the same sum
 constexpr int GROUPS = WARPS / SPLIT;  // of a block, with ROWS rows of W each
-constexpr int BLOCKS = (RING && BATCH <= 2 ? 32 : 16) / WARPS;  // whose registers, 64 or 128 a thread, fit into a multiprocessor
+constexpr int BLOCKS = 16 / WARPS;     // whose registers fit into a multiprocessor together: 128 a thread
 
 #define PRODUCT_KERNEL extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 

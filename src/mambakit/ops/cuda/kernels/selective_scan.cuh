@@ -164,7 +164,10 @@ template <int COUNT> FORCE_INLINE void write(IO* p, const float (&values)[COUNT]
 #pragma unroll
   for (int j = 0; j < COUNT; j++) c.of[j] = from_float<IO>(values[j]);
 #if ALIGNED
-  if (count) *reinterpret_cast<decltype(c.word)*>(p) = c.word;
+  if (!count) return;
+  if constexpr (sizeof(c) == 16)  // told so, since the compiler may make four accesses of it
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(c.word.x), "r"(c.word.y), "r"(c.word.z), "r"(c.word.w) : "memory");
+  else *reinterpret_cast<decltype(c.word)*>(p) = c.word;
 #else
 #pragma unroll
   for (int j = 0; j < COUNT; j++)

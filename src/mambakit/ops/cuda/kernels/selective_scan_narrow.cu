@@ -143,7 +143,8 @@ extern "C" __global__ void __launch_bounds__(2 * HELPERS, MIN_BLOCKS) scan_narro
       const float(&halves)[2][Y_RING + 16] = sums[j / SLOTS].of[j % SLOTS];
       out[j] = fmaf(LEFT_OUT, halves[0][here] + halves[1][here], skip[j] * x_now.value(j)) * gate(z_now.value(j));
     }
-    write(y + (int64)tile * TILE * d_inner, out, step < steps_of(tile) ? count : 0);
+    write(y, out, step < steps_of(tile) ? count : 0);
+    y += TILE * d_inner;
   };
 
   // A tile is prepared as soon as its place is free, while the one before it is walked; what can wait comes after. `finish` of

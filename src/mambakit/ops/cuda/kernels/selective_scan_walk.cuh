@@ -18,7 +18,7 @@ static_assert(TILE * PARTS == HELPERS && PARTS == 2, "who has what of a tile, wi
 typedef Packed<2> Pair;
 typedef Packed<HELPED> Eight;
 
-// Gaps: without bank conflicts a walker's lanes read from four channels, and a helper's write and read two steps' of two walkers.
+// Gaps: without bank conflicts a walker's lanes read from four channels, and a helper's write and read steps of two walkers.
 struct alignas(16) Steps { Step of[SLOTS][RING + 2]; float gap[8]; };
 struct alignas(16) Sums { float of[SLOTS][2][Y_RING + 16]; float gap[8]; };
 struct Shared {
