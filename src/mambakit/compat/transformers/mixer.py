@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from mambakit.compat.transformers.fused_step import fused_step
 from mambakit.nn.linear import project_to
 from mambakit.nn.mixer import RECOMPUTES_ON
 from mambakit.nn.recomputation import Recomputation, is_plain
@@ -49,6 +50,14 @@ def forward(
         conv_state = cache_params.get_conv_state(layer)
         ssm_state = cache_params.get_recurrent_state(layer)
     seq_idx = kwargs.get("seq_idx")
+    # All of it in one call where that can be.
+    is_plain_step = mask is None and seq_idx is None and _is_step(hidden_states)
+    if conv_state is not None and ssm_state is not None and is_plain_step:
+        stepped = fused_step(self, hidden_states[:, 0], conv_state, ssm_state)
+        if stepped is not None:
+            y, newest = stepped
+            _remember(self, cache_params, newest)
+            return y[:, None]
 
     inputs, z = _applied(self.in_proj, _masked(hidden_states, mask)).chunk(2, dim=-1)
     # The backward pass needs x and dt, each as large as z, but they are cheap to make again.
@@ -75,11 +84,16 @@ def forward(
         else:
             y, state = selective_scan(x, *steering, initial_state=ssm_state, seq_idx=seq_idx)
     if cache_params is not None:
-        width = self.conv1d.kernel_size[0]
-        cache_params.update_conv_state(inputs.transpose(1, 2), layer, conv_kernel_size=width)
+        _remember(self, cache_params, inputs.transpose(1, 2))
         if state is not ssm_state:
             cache_params.update_recurrent_state(state, layer)
     return _applied(self.out_proj, y)
+
+
+def _remember(mixer: Any, cache_params: Any, inputs: Tensor) -> None:
+    """Add inputs of the convolution, (B, D, L), to the cache."""
+    width = mixer.conv1d.kernel_size[0]
+    cache_params.update_conv_state(inputs, mixer.layer_idx, conv_kernel_size=width)
 
 
 def _applied(layer: Any, x: Tensor) -> Tensor:
