@@ -86,7 +86,7 @@ def test_the_result_is_evaluated_converted_and_quantised_like_any_run(
         out = tmp_path / format
         assert main(["convert", str(adapted), "--out", str(out), "--format", format]) == 0
         assert nats(out, song / "song.txt", capsys) == pytest.approx(after, abs=1e-4)
-    assert main(["quantise", str(adapted), str(tmp_path / "int8")]) == 0
+    assert main(["quantise", str(adapted), "--out", str(tmp_path / "int8")]) == 0
     assert nats(tmp_path / "int8", song / "song.txt", capsys) == pytest.approx(after, abs=0.02)
 
 

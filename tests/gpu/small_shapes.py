@@ -45,6 +45,7 @@ def run_op(name: str) -> None:
     for tensors in (inputs, narrow) if name in OPS else (inputs,):
         for chunks in (None, 1, 3) if is_scan else (None,):
             selective_scan.CHUNKS, selective_scan.IS_NARROW = chunks, chunks is None
+            selective_scan.IS_FEW = chunks != 1
             call(op, on("cuda", tensors, has_gradient=name in OPS))
 
 

@@ -92,6 +92,31 @@ def test_layers_of_transformers(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Mamba", "FalconMamba"])
+def test_steps_of_transformers(name, dtype):
+    """One token after another from a cache, against the whole sequence at once on the CPU."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=64, num_hidden_layers=2, vocab_size=96
+    )
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    tokens = torch.randint(0, 96, (2, 17))
+    mambakit.compat.install()
+    try:
+        with torch.no_grad():
+            expected = model(tokens, use_cache=False).logits[:, 8:]
+            model.to("cuda", dtype)
+            output, logits = model(tokens[:, :8].cuda(), use_cache=True), []
+            for token in tokens[:, 8:].cuda().split(1, dim=1):
+                output = model(token, use_cache=True, cache_params=output.cache_params)
+                logits.append(output.logits.float().cpu())
+    finally:
+        mambakit.compat.uninstall()
+    error = 1e-3 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=error, atol=error)
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("large")
 def test_more_than_2_to_the_31_elements():

@@ -77,3 +77,34 @@ def test_all_that_lm_eval_asks_for(model):
         if kind != "generate_until":
             expected = pytest.approx(expected, rel=1e-4)
         assert found == expected
+
+
+@pytest.mark.filterwarnings("ignore")  # lm_eval's own.
+def test_tasks_give_the_same_at_batch_1_and_16(model, task_folder, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs lm-eval; pip install 'mambakit[eval]'")
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # Takes seconds.
+    from mambakit.evaluate.harness import HarnessModel
+    from mambakit.evaluate.tasks import evaluate_tasks
+
+    names = ("squares_choice", "squares_answer", "squares_text", "squares_written")
+    one, many = (
+        evaluate_tasks(
+            HarnessModel(copy.deepcopy(model).cuda(), BytesTokenizer(), batch_size=size),
+            names,
+            include_path=task_folder,
+            num_fewshot=2,
+        )
+        for size in (1, 16)
+    )
+    for name in names:
+        metrics = one["results"][name]
+        assert len(metrics) > 2
+        for key, value in metrics.items():
+            wanted = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+            assert many["results"][name][key] == wanted, f"{name}: {key}"
+    written = [
+        [example["resps"] for example in results["samples"]["squares_written"]]
+        for results in (one, many)
+    ]
+    assert written[0] == written[1]
+    assert len(written[0]) == 12

@@ -96,6 +96,31 @@ def test_any_number_of_chunks(kind: str, seqlen: int) -> None:
 
 
 @pytest.mark.parametrize("chunks", [1, 3], ids=lambda chunks: f"{chunks} chunks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "documents", "groups", "constant"])
+@pytest.mark.parametrize(("seqlen", "channels"), [(5, 200), (300, 65)])
+def test_few_blocks(
+    kind: str,
+    dtype: torch.dtype,
+    chunks: int,
+    seqlen: int,
+    channels: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kernels with the registers that few blocks leave, whatever the shape; the backward walks 8 steps at a time."""
+    from mambakit.ops.cuda import selective_scan as cuda
+
+    monkeypatch.setattr(cuda, "CHUNKS", chunks)
+    monkeypatch.setattr(cuda, "IS_FEW", True)
+    groups = 5 if kind == "groups" else None
+    constant = "BC" if kind == "constant" else ""
+    inputs = case(2, seqlen, channels, 13, dtype=dtype, groups=groups, constant=constant)
+    if kind == "documents":
+        inputs["seq_idx"] = documents(2, seqlen)
+    assert_accurate(scan, inputs, "cuda")
+
+
+@pytest.mark.parametrize("chunks", [1, 3], ids=lambda chunks: f"{chunks} chunks")
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "complex", "documents"])
 def test_gradients_are_the_same_bits_every_time(
     kind: str, chunks: int, monkeypatch: pytest.MonkeyPatch

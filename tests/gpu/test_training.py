@@ -20,9 +20,12 @@ from mambakit.data import prepare
 from mambakit.models import MambaConfig, MambaLanguageModel
 from mambakit.nn import MambaMixer
 from mambakit.nn import mixer as mixer_module
+from mambakit.nn.joined_gradients import linear_beside, linear_in_halves
+from mambakit.nn.linear import Linear
 from mambakit.ops import linear_cross_entropy
+from mambakit.ops.wide_products import WIDENS
 from mambakit.train import TrainConfig, Trainer
-from mambakit.train.step_graph import EAGER_STEPS
+from mambakit.train.step_graph import EAGER_STEPS, StepGraph
 
 pytestmark = pytest.mark.gpu
 
@@ -46,6 +49,24 @@ def test_waits_are_noticed() -> None:
     with waits() as found:
         torch.ones(1, device="cuda").item()
     assert len(found) == 1
+
+
+def collect_and_double(x: Tensor) -> Tensor:
+    gc.collect()  # Python may do so at any time.
+    return 2 * x
+
+
+def test_a_graph_that_is_garbage_does_not_break_a_capture() -> None:
+    x = torch.arange(3.0, device="cuda")
+    old, new = StepGraph(collect_and_double), StepGraph(collect_and_double)
+    for _ in range(EAGER_STEPS):
+        new(x)
+    for _ in range(EAGER_STEPS + 1):
+        old(x)
+    old.itself = old  # type: ignore[attr-defined]
+    del old
+    for _ in range(2):
+        assert new(x).tolist() == [0, 2, 4]
 
 
 def loss_inputs(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,6 +143,30 @@ def test_the_mixer_keeps_neither_x_nor_dt(
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b)
     assert kept_by_autograd - kept == 2 * 2 * 128 * 4 * 512
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["alone", "in halves", "beside"])
+def test_gradients_of_weights_are_sums_in_float32(kind: str, dtype: torch.dtype) -> None:
+    """Of half-precision factors, and not rounded to these on the way to the optimizer."""
+    layer = Linear(64, 96, bias=False).cuda()
+    x = torch.randn(3, 100, 64, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", dtype):
+        if kind == "alone":
+            y = layer(x)
+        elif kind == "beside":
+            y = linear_beside(x, layer.weight)[1]
+        else:
+            y = torch.cat(linear_in_halves(x, layer.weight, None), dim=-1)
+    dy = torch.randn_like(y)
+    dx, found = torch.autograd.grad(y, (x, layer.weight), dy)
+    wide, rows = x.detach().to(dtype).double().flatten(0, 1), dy.double().flatten(0, 1)
+    expected = rows.t() @ wide
+    rounding = 2**-20 if WIDENS else 2**-8
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() < rounding * expected.norm()
+    expected = rows @ layer.weight.detach().to(dtype).double()
+    assert (dx.flatten(0, 1) - expected).norm() < 2**-8 * expected.norm()
 
 
 @pytest.mark.parametrize("norm_epsilon", [None, 1e-6])

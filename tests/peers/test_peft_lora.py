@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mambakit.generate import Engine, Request, SamplingOptions
 from mambakit.models import FORMATS, MambaConfig, MambaLanguageModel, load_model
+from mambakit.nn import joined_gradients
 from mambakit.nn import mixer as mixer_module
 
 peft = pytest.importorskip("peft")
@@ -64,7 +65,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the mixer does in training, here and on a GPU."""
     on_a_gpu = ("cpu",) if request.param in ("recomputed", "joined") else ()
     monkeypatch.setattr(mixer_module, "RECOMPUTES_ON", on_a_gpu)
-    monkeypatch.setattr(mixer_module, "JOINS_ON", on_a_gpu if request.param == "joined" else ())
+    monkeypatch.setattr(joined_gradients, "JOINS_ON", on_a_gpu if request.param == "joined" else ())
     return str(request.param)
 
 
@@ -157,7 +158,7 @@ def test_dropout_is_the_same_where_something_is_run_again(way, monkeypatch):
     for again in (True, False):
         if not again:
             monkeypatch.setattr(mixer_module, "RECOMPUTES_ON", ())
-            monkeypatch.setattr(mixer_module, "JOINS_ON", ())
+            monkeypatch.setattr(joined_gradients, "JOINS_ON", ())
         model.activation_checkpointing = again and way == "checkpointed"
         torch.manual_seed(3)
         model.loss(ids, ids)[0].backward()

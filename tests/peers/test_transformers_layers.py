@@ -47,11 +47,20 @@ def _uninstalled():
     mambakit.compat.uninstall()
 
 
+def test_another_version_keeps_its_own_layers(monkeypatch):
+    layer = transformers.models.mamba.modeling_mamba.MambaMixer
+    theirs = layer.forward
+    monkeypatch.delattr("transformers.cache_utils.Cache.get_conv_state")  # As before 5.21.
+    with pytest.warns(UserWarning, match=r"modeling_mamba of .* upgrade transformers to 5\.21"):
+        mambakit.compat.install()
+    assert layer.forward is theirs
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Names of our operations in the order in which the layers call them."""
     found = []
-    for name in ("causal_conv1d", "selective_scan", "selective_scan_step"):
+    for name in ("causal_conv1d", "causal_conv1d_step", "selective_scan", "selective_scan_step"):
         function = getattr(mixer, name)
 
         def counted(*args, _name=name, _function=function, **kwargs):
@@ -60,6 +69,13 @@ def calls(monkeypatch):
             return _function(*args, **kwargs)
 
         monkeypatch.setattr(mixer, name, counted)
+
+    def fused(*args, _function=mixer.fused_step):
+        stepped = _function(*args)
+        found.extend(["fused_step"] * (stepped is not None))
+        return stepped
+
+    monkeypatch.setattr(mixer, "fused_step", fused)
     return found
 
 
@@ -152,9 +168,74 @@ def test_same_greedy_tokens_with_padding(name, calls):
     assert found.tolist() == expected.tolist()
     count = layers_of_mamba(model)
     assert calls.count("selective_scan") == count
-    assert calls.count("selective_scan_step") == 19 * count
+    steps = "fused_step" if name == "mamba" else "selective_scan_step"
+    assert calls == ["causal_conv1d", "selective_scan"] * count + [
+        call for call in calls if call in (steps, "causal_conv1d_step")
+    ]
+    assert calls.count(steps) == 19 * count
     alone = model.generate(tokens[1:, 5:], max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert found[1, 5:].tolist() == alone[0].tolist()
+
+
+def take_steps(model, tokens):
+    """Logits of the last five tokens, one by one after a prompt of the others, and the states then."""
+    with torch.no_grad():
+        cache, logits = model(tokens[:, :-5], use_cache=True).cache_params, []
+        for token in tokens[:, -5:].split(1, dim=1):
+            logits.append(model(token, use_cache=True, cache_params=cache).logits)
+    layers = range(layers_of_mamba(model))
+    states = [
+        state
+        for layer in layers
+        for state in (cache.get_conv_state(layer), cache.get_recurrent_state(layer))
+    ]
+    return [torch.cat(logits, dim=1), *states]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prompt", [1, 2, 9])
+def test_a_step_in_one_call_equals_the_operations(prompt, dtype, batch, calls, monkeypatch):
+    model = make_model("mamba").to(dtype)
+    tokens = torch.randint(0, VOCAB, (batch, prompt + 5))
+    mambakit.compat.install()
+    found = take_steps(model, tokens)
+    assert calls.count("fused_step") == 5 * layers_of_mamba(model)
+    monkeypatch.setattr(mixer, "fused_step", lambda *args: None)
+    expected = take_steps(model, tokens)
+    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, **near)
+
+
+def add_hook(layer):
+    layer.x_proj.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def add_bias(layer):
+    layer.in_proj.bias = torch.nn.Parameter(torch.randn(len(layer.in_proj.weight)))
+
+
+@pytest.mark.parametrize("change", [add_hook, add_bias])
+def test_a_step_that_is_not_plain_is_left_to_the_operations(change, calls):
+    model = make_model("mamba")
+    change(model.backbone.layers[1].mixer)
+    tokens = torch.randint(0, VOCAB, (2, 9))
+    expected = take_steps(model, tokens)
+    mambakit.compat.install()
+    found = take_steps(model, tokens)
+    assert calls.count("fused_step") == 5 * 2
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+def test_a_step_under_autocast_is_left_to_the_operations(calls):
+    model = make_model("mamba")
+    mambakit.compat.install()
+    with torch.autocast("cpu", torch.bfloat16):
+        take_steps(model, torch.randint(0, VOCAB, (2, 9)))
+    assert "fused_step" not in calls
 
 
 @EVERY_MODEL
@@ -190,10 +271,10 @@ def test_another_activation():
     for block in model.backbone.layers:
         block.mixer.activation, block.mixer.act = "gelu", torch.nn.GELU()
     tokens = torch.randint(0, VOCAB, (2, 9))
-    with torch.no_grad():
-        expected = model(tokens, use_cache=False).logits
-        mambakit.compat.install()
-        torch.testing.assert_close(model(tokens, use_cache=False).logits, expected, **TOLERANCE)
+    expected = take_steps(model, tokens)
+    mambakit.compat.install()
+    for ours, theirs in zip(take_steps(model, tokens), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["mamba", "falcon"])
@@ -245,6 +326,21 @@ def test_compiled_as_one_graph():
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits
         torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected, **TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_left_to_the_operations(calls):
+    model = make_model("mamba")
+    mambakit.compat.install()
+    tokens = torch.randint(0, VOCAB, (2, 7))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    logits = []
+    with torch.no_grad():
+        for step in (model, compiled):
+            cache = model(tokens[:, :-1], use_cache=True).cache_params
+            logits.append(step(tokens[:, -1:], use_cache=True, cache_params=cache).logits)
+    assert calls.count("fused_step") == layers_of_mamba(model)
+    torch.testing.assert_close(*logits, **TOLERANCE)
 
 
 @pytest.mark.slow

@@ -26,12 +26,12 @@ class Quantise(Windows):
     Commands open the result like any checkpoint; it cannot be trained. With --text, the perplexity
     before and after is measured.
 
-    Example: mambakit quantise runs/demo runs/demo-int8 --bits 8 --text book.txt
+    Example: mambakit quantise runs/demo --out runs/demo-int8 --bits 8 --text book.txt
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Checkpoint, run folder (its last checkpoint is taken), or Hugging Face hub id."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Path
     """Folder to write the quantised checkpoint to."""
     tokenizer: str | None = None
     """bytes, a tokenizer.json, a folder that holds one, or a hub id; default: the checkpoint's."""

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
 from types import ModuleType
@@ -81,16 +81,31 @@ def replace(name: str) -> None:
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds `mamba_ssm.x` where `mambakit.compat.mamba_ssm.x` is: one module under two names."""
+    """Finds `mamba_ssm.x` where `mambakit.compat.mamba_ssm.x` is: one module under two names.
+
+    `from mamba_ssm import x` asks for the second name.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] not in NAMES:
+        name = fullname.removeprefix(f"{__package__}.")
+        package = name.partition(".")[0]
+        if package not in NAMES:
             return None
-        ours = importlib.util.find_spec(f"{__package__}.{fullname}")
+        if name == fullname:
+            ours = importlib.util.find_spec(f"{__package__}.{name}")
+        else:
+            ours = PathFinder.find_spec(fullname, path)
         if ours is None:
-            return None
+            # Without its `name`: with it, `from mamba_ssm import Mamba2` would hide the message.
+            raise ModuleNotFoundError(
+                f"{name}: not in mambakit, which stands for {package} here and has what Mamba-1 "
+                "needs, no Mamba-2 or Mamba-3; for those call mambakit.compat.uninstall() or remove "
+                f"mamba-ssm-shim, and install the package {package.replace('_', '-')}"
+            )
+        if name != fullname:
+            return ours
         is_package = ours.submodule_search_locations is not None
         return ModuleSpec(fullname, self, origin=ours.origin, is_package=is_package)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -84,6 +85,7 @@ class Decoder:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         pool = torch.cuda.graph_pool_handle()
         side.wait_stream(torch.cuda.current_stream())
+        gc.collect()  # A graph that is garbage would break the capture if it went during it.
         with torch.cuda.stream(side):
             for bucket in reversed(self._buckets):
                 for method in reversed(Method):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from mambakit.nn.joined_gradients import is_narrowed, joins_gradients, linear_alone
 from mambakit.ops.cpu.features import slow_bfloat16
 from mambakit.ops.linear import linear_step
 
@@ -53,6 +54,8 @@ def project_to(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if is_narrowed(weight, x) and joins_gradients(x):
+            return linear_alone(x, weight, bias)
         return linear(x, weight, bias)
     if x.ndim == 2:
         return linear_step(x, weight, bias)

@@ -10,17 +10,14 @@ from torch import Tensor, nn
 
 from mambakit.nn.conv import CausalConv1d, convolve
 from mambakit.nn.initial import a_imag_init, a_log_init, b_init, c_init, dt_bias_init
-from mambakit.nn.joined_gradients import linear_beside, linear_in_halves
+from mambakit.nn.joined_gradients import joins_gradients, linear_beside, linear_in_halves
 from mambakit.nn.linear import DtProjection, Linear, project_to
-from mambakit.nn.recomputation import Recomputation, is_eager_autograd, is_plain
+from mambakit.nn.recomputation import Recomputation, is_plain
 from mambakit.nn.state import MixerState
 from mambakit.ops import rms_norm, selective_scan, selective_scan_step
 
 RECOMPUTES_ON = ("cuda",)
 """Devices where x and dt are made again in the backward. A CPU has memory, and would take 5 % more time."""
-
-JOINS_ON = ("cuda",)
-"""Devices where gradients are added within matrix products. On a CPU a pass over memory costs little beside those."""
 
 
 class MambaMixer(nn.Module):
@@ -118,7 +115,7 @@ class MambaMixer(nn.Module):
         Returns:
             (B, L, M), and the state after the last position.
         """
-        joins = _joins_gradients(hidden)
+        joins = joins_gradients(hidden)
         if joins and is_plain(self.in_proj, Linear):
             x, z = linear_in_halves(hidden, self.in_proj.weight, self.in_proj.bias)
         else:
@@ -232,11 +229,6 @@ class MambaMixer(nn.Module):
         super()._apply(keep_float32, recurse)  # type: ignore[no-untyped-call]
         _mark_no_weight_decay(self)
         return self
-
-
-def _joins_gradients(hidden: Tensor) -> bool:
-    # Float64 runs on the reference, which has second derivatives; joined gradients have none.
-    return hidden.device.type in JOINS_ON and hidden.dtype != torch.float64 and is_eager_autograd()
 
 
 def _mark_no_weight_decay(mixer: MambaMixer, *_: object) -> None:

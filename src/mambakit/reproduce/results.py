@@ -10,6 +10,7 @@ from typing import Any
 from mambakit.files import atomic_write
 from mambakit.reproduce.evaluation import OUT_OF_MEMORY
 from mambakit.reproduce.experiment import Contestant, Experiment
+from mambakit.reproduce.recipe import Recipe
 
 RESULT = "result.json"
 RESULTS = "results.json"
@@ -36,14 +37,15 @@ def read_results(experiment: Experiment, out: Path) -> dict[str, dict[str, Any]]
 def table(experiment: Experiment, results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Header and rows: accuracy in percent at each length, and the paper's below where it gives one.
 
-    "…" stands for a test that is not done, "-" for one that the recipe leaves out or the paper does not give.
+    For a test that is not done stands the last validation at that length, or "…" if there is none; "-" for one that the
+    recipe leaves out or the paper does not give.
     """
     lengths = sorted({n for c in experiment.contestants.values() for n in c.recipe.test_lengths})
     rows = [["model", "parameters", "steps", *map(_length, lengths)]]
     for name, contestant in experiment.contestants.items():
         if result := results.get(name):
             early = " (early)" if result["stopped_early"] else ""
-            cells = [_cell(result, n, n in contestant.recipe.test_lengths) for n in lengths]
+            cells = [_cell(result, n, contestant.recipe) for n in lengths]
             steps = f"{result['step']:,}{early}"
             rows.append([contestant.title, f"{result['parameters']:,}", steps, *cells])
         if contestant.paper:
@@ -57,12 +59,14 @@ def _length(seqlen: int) -> str:
     return f"2^{power}" if seqlen == 2**power and power > 9 else str(seqlen)
 
 
-def _cell(result: Mapping[str, Any], seqlen: int, is_wanted: bool) -> str:
+def _cell(result: Mapping[str, Any], seqlen: int, recipe: Recipe) -> str:
     score = result["test"].get(str(seqlen))
-    if not is_wanted:
+    if seqlen not in recipe.test_lengths:
         return "-"
     if score is None or (score["error"] is None and not score["is_whole"]):
-        return "…"
+        if recipe.validation_lengths != (seqlen,) or not result["history"]:
+            return "…"
+        return f"{result['history'][-1]['accuracy_percent']:.1f} (validation)"
     return score["error"] or f"{score['accuracy_percent']:.1f}"
 
 

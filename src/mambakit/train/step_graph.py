@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -54,6 +55,7 @@ class StepGraph:
         if self._graph is None:
             self._inputs = [None if new is None else new.clone() for new in inputs]
             graph = torch.cuda.CUDAGraph()
+            gc.collect()  # A graph of another StepGraph that is garbage would break the capture if it went during it.
             with torch.cuda.graph(graph, stream=self._stream):
                 self._output = self._step(*self._inputs)
             self._graph = graph

@@ -230,9 +230,12 @@ class Trainer:
         """
         total = self._accumulate_gradients(tensors)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        total_norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip).to(total.device)
-        # The optimizer itself leaves out what is not finite (the protocol of gradient scalers), so that all work of a
-        # step is queued on a GPU before the one wait for it, for these two numbers.
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        total_norm = nn.utils.get_total_norm(gradients).to(total.device)
+        # The optimizer itself divides the gradients, while it reads them anyway, and leaves out what is not finite (the
+        # protocol of gradient scalers), so that all work of a step is queued on a GPU before the one wait for it, for
+        # these two numbers.
+        self.optimizer.grad_scale = (total_norm / self.config.grad_clip).clamp(min=1)  # type: ignore[attr-defined]
         self.optimizer.found_inf = (~torch.isfinite(total + total_norm)).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -46,7 +46,7 @@ def run(*args: object) -> int:
 )
 def test_other_commands_open_the_result(checkpoint, text, tmp_path, capsys, options, expected):
     out = tmp_path / "small"
-    assert run("quantise", checkpoint, out, *options) == 0
+    assert run("quantise", checkpoint, "--out", out, *options) == 0
     printed = capsys.readouterr().out
     assert f"wrote {out}" in printed
     assert "perplexity" not in printed
@@ -58,7 +58,9 @@ def test_other_commands_open_the_result(checkpoint, text, tmp_path, capsys, opti
 
 
 def test_perplexity_before_and_after(checkpoint, text, tmp_path, capsys):
-    assert run("quantise", checkpoint, tmp_path / "small", "--bits", "4", "--text", text) == 0
+    assert (
+        run("quantise", checkpoint, "--out", tmp_path / "small", "--bits", "4", "--text", text) == 0
+    )
     [printed] = [
         line.split()[1:]
         for line in capsys.readouterr().out.splitlines()
@@ -78,9 +80,9 @@ def test_perplexity_before_and_after(checkpoint, text, tmp_path, capsys):
 def test_other_formats_and_a_named_tokenizer(checkpoint, tmp_path, capsys, format):
     model, source, out = load_model(checkpoint), tmp_path / "source", tmp_path / "small"
     save_model(model, source, format)
-    assert run("quantise", source, out) == 2
+    assert run("quantise", source, "--out", out) == 2
     assert "has no tokenizer.json; name the model's with --tokenizer" in capsys.readouterr().err
-    assert run("quantise", source, out, "--tokenizer", "bytes") == 0
+    assert run("quantise", source, "--out", out, "--tokenizer", "bytes") == 0
     assert load_tokenizer(out).eos_id == 256
     quantise(model, Quantisation())
     found = load_model(out).state_dict()
@@ -92,7 +94,7 @@ def test_other_formats_and_a_named_tokenizer(checkpoint, tmp_path, capsys, forma
 
 def test_what_it_refuses(checkpoint, tmp_path, capsys):
     small = tmp_path / "small"
-    run("quantise", checkpoint, small, "--bits", "4")
+    run("quantise", checkpoint, "--out", small, "--bits", "4")
     capsys.readouterr()
     for args, message in (
         ((small, tmp_path / "again"), "is quantised to 4 bits already; give the checkpoint"),
@@ -102,7 +104,8 @@ def test_what_it_refuses(checkpoint, tmp_path, capsys):
         ((checkpoint, tmp_path / "x", "--group-size", "48"), "group-size"),
         ((tmp_path / "nothing", tmp_path / "x"), "nothing"),
     ):
-        assert run("quantise", *args) == 2
+        source, out, *options = args
+        assert run("quantise", source, "--out", out, *options) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1

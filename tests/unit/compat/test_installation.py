@@ -53,12 +53,29 @@ def test_names_of_the_packages():
     assert callable(causal_conv1d.causal_conv1d_update)
 
 
-def test_what_is_not_here_is_not_found():
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        ("from mamba_ssm import Mamba2", r"mamba_ssm\.Mamba2"),
+        ("from mamba_ssm import Mamba, Mamba3", r"mamba_ssm\.Mamba3"),
+        ("from mamba_ssm.modules.mamba2 import Mamba2", r"mamba_ssm\.modules\.mamba2"),
+        ("import mamba_ssm.ops.triton.ssd_combined", r"mamba_ssm\.ops\.triton\.ssd_combined"),
+        ("import mamba_ssm.modules.mha", r"mamba_ssm\.modules\.mha"),
+    ],
+)
+def test_what_is_not_here_is_named_with_the_remedy(statement, name):
     mambakit.compat.install()
-    with pytest.raises(ModuleNotFoundError, match=r"mamba_ssm\.ops\.triton\.ssd_combined"):
-        importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
-    with pytest.raises(ImportError, match="Mamba2"):
-        exec("from mamba_ssm import Mamba2")
+    message = rf"^{name}: not in mambakit, .* no Mamba-2 .*uninstall\(\) .* install the package mamba-ssm$"
+    with pytest.raises(ImportError, match=message):
+        exec(statement)
+
+
+def test_to_ask_for_what_is_not_here():
+    mambakit.compat.install()
+    mamba_ssm = importlib.import_module("mamba_ssm")
+    assert getattr(mamba_ssm, "Mamba2", None) is None
+    with pytest.raises(ModuleNotFoundError, match=r"causal_conv1d\.cuda: .*package causal-conv1d"):
+        importlib.import_module("causal_conv1d.cuda")
 
 
 def test_how_other_programs_ask():

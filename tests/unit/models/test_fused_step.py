@@ -19,6 +19,7 @@ from mambakit.models import (
 )
 from mambakit.ops.cpu import model_step as ops
 from mambakit.ops.cpu.model_step import HEAD_ROWS
+from mambakit.ops.model_layer import Layer
 
 CPU = torch.device("cpu")
 SMALL = {"d_model": 24, "n_layer": 3, "vocab_size": 300}
@@ -236,6 +237,41 @@ def test_autocast_is_left_to_the_modules():
     with torch.autocast("cpu", torch.bfloat16):
         _, state = read(model, 2)
         assert fused_step.fused_step(model, CPU, state) is None
+
+
+def mixer_alone(model: MambaLanguageModel, state: ModelState) -> Layer:
+    """The tensors of the second layer's mixer."""
+    layers = fused_step._modules(list(model.backbone.blocks())[1]), state.layers[1]
+    return fused_step._layer(*layers)._replace(norm=torch.empty(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "fields", [{}, {"d_model": 96}, {"d_model": 17, "d_state": 5, "d_conv": 2}]
+)
+def test_a_mixer_alone(fields, batch):
+    model = make_model(**fields)
+    _, state = read(model, batch)
+    expected_state = state.clone()
+    for _ in range(3):
+        hidden = torch.randn(batch, model.config.d_model)
+        found = ops.mixer_step(mixer_alone(model, state), hidden)
+        expected = model.backbone.layers[1].mixer.step(hidden, expected_state.layers[1])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert_same_state(state, expected_state, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mixer_of_other_tensors_is_left_to_its_operations():
+    model = make_model()
+    _, state = read(model, 2)
+    mixer, hidden = mixer_alone(model, state), torch.randn(2, 24)
+    before = state.clone()
+    strided = mixer.x_proj.detach().t().contiguous().t()
+    assert ops.mixer_step(mixer, hidden.bfloat16()) is None
+    assert ops.mixer_step(mixer._replace(x_proj=strided), hidden) is None
+    assert ops.mixer_step(mixer._replace(D=mixer.D.detach().double()), hidden) is None
+    assert_same_state(state, before, rtol=0, atol=0)
 
 
 def test_who_waits_for_a_slow_thread_sleeps_and_goes_on(monkeypatch):

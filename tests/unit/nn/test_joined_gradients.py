@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from mambakit.nn import MambaMixer
+from mambakit.nn import MambaMixer, joined_gradients
 from mambakit.nn import mixer as mixer_module
-from mambakit.nn.joined_gradients import linear_beside, linear_in_halves
+from mambakit.nn.joined_gradients import linear_alone, linear_beside, linear_in_halves
+from mambakit.nn.linear import Linear
 
 
 def leaf(*shape: int) -> Tensor:
@@ -54,6 +55,41 @@ def test_beside() -> None:
     assert_equal_gradients(linear_beside, plain, leaf(2, 3, 4), leaf(5, 4))
     assert_equal_gradients(linear_beside, plain, leaf(2, 3, 4), torch.randn(5, 4))
     assert_equal_gradients(linear_beside, plain, torch.randn(2, 3, 4), leaf(5, 4))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_alone(has_bias: bool) -> None:
+    def twice(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+        return lambda *leaves: (function(*leaves), function(*leaves))
+
+    bias = leaf(5) if has_bias else None
+    ours, theirs = twice(linear_alone), twice(linear)
+    assert_equal_gradients(ours, theirs, leaf(2, 3, 4), leaf(5, 4), bias)
+    assert_equal_gradients(ours, theirs, leaf(2, 3, 4), torch.randn(5, 4), bias)
+    assert_equal_gradients(ours, theirs, torch.randn(2, 3, 4), leaf(5, 4), bias)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_layer_under_autocast(monkeypatch: pytest.MonkeyPatch, has_bias: bool) -> None:
+    """Alone where autocast narrows a weight that has a gradient, and nowhere else."""
+    layer, x = Linear(4, 5, bias=has_bias), leaf(2, 3, 4)
+
+    def run(enabled: bool = True) -> tuple[str, list[Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = layer(x)
+        trained = [p for p in (x, *layer.parameters()) if p.requires_grad]
+        assert y.grad_fn is not None
+        return y.grad_fn.name(), [y.detach(), *torch.autograd.grad(y.sin().sum(), trained)]
+
+    _, expected = run()
+    monkeypatch.setattr(joined_gradients, "JOINS_ON", ("cpu",))
+    name, found = run()
+    assert name == "_AloneBackward"
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-7)  # autograd rounds
+    assert run(enabled=False)[0] != "_AloneBackward"
+    layer.weight.requires_grad_(False)
+    assert run()[0] != "_AloneBackward"
 
 
 def test_one_output_of_two() -> None:
@@ -111,7 +147,7 @@ def test_a_mixer(
         return torch.autograd.grad(run[0].square().sum() + run[1].conv_state.sum(), leaves)
 
     expected = gradients()
-    monkeypatch.setattr(mixer_module, "JOINS_ON", ("cpu",))
+    monkeypatch.setattr(joined_gradients, "JOINS_ON", ("cpu",))
     monkeypatch.setattr(mixer_module, "RECOMPUTES_ON", ("cpu",) if recomputes else ())
     for ours, theirs in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -121,7 +157,7 @@ def test_a_mixer(
 def test_a_layer_with_hooks_of_its_gradient_is_called(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(mixer_module, "JOINS_ON", ("cpu",))
+    monkeypatch.setattr(joined_gradients, "JOINS_ON", ("cpu",))
     mixer, seen = MambaMixer(8, d_state=4), list[str]()
     layer = getattr(mixer, name)
     layer.register_full_backward_hook(lambda *_: seen.append("after"))

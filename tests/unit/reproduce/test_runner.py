@@ -100,10 +100,17 @@ def test_the_table_of_what_is_not_whole(tiny: Experiment):
     score = {"correct": 1, "answers": 2, "sequences": 2, "accuracy_percent": 50.0}
     unfinished = {**score, "error": None, "is_whole": False}
     failed = {**score, "error": "out of memory", "is_whole": True}
-    result = {"parameters": 1234, "step": 5000, "stopped_early": True}
+    result = {"parameters": 1234, "step": 5000, "stopped_early": True, "history": []}
     rows = table(tiny, {"mamba": {**result, "test": {"5": unfinished, "12": failed}}})
     assert rows[1] == ["Mamba", "1,234", "5,000 (early)", "…", "out of memory"]
+    validated = {**result, "test": {}, "history": [{"accuracy_percent": 41.06}]}
     assert table(tiny, {"constant": {**result, "test": {}}})[2][3:] == ["…", "…"]
+    constant = tiny.contestants["constant"]
+    for lengths, cells in (((5,), ["41.1 (validation)", "…"]), ((5, 12), ["…", "…"])):
+        recipe = dataclasses.replace(constant.recipe, validation_lengths=lengths)
+        changed = {"constant": dataclasses.replace(constant, recipe=recipe)}
+        experiment = dataclasses.replace(tiny, contestants=changed)
+        assert table(experiment, {"constant": validated})[1][3:] == cells
 
 
 def test_where_the_paper_ran_out_of_memory(tiny: Experiment, done: Path, tmp_path: Path):

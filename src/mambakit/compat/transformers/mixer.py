@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -9,10 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from mambakit.compat.transformers.fused_step import fused_step
 from mambakit.nn.linear import project_to
 from mambakit.nn.mixer import RECOMPUTES_ON
 from mambakit.nn.recomputation import Recomputation, is_plain
-from mambakit.ops import causal_conv1d, selective_scan, selective_scan_step
+from mambakit.ops import (
+    causal_conv1d,
+    causal_conv1d_step,
+    selective_scan,
+    selective_scan_step,
+)
 from mambakit.ops.linear import linear_step
 
 
@@ -43,6 +50,14 @@ def forward(
         conv_state = cache_params.get_conv_state(layer)
         ssm_state = cache_params.get_recurrent_state(layer)
     seq_idx = kwargs.get("seq_idx")
+    # All of it in one call where that can be.
+    is_plain_step = mask is None and seq_idx is None and _is_step(hidden_states)
+    if conv_state is not None and ssm_state is not None and is_plain_step:
+        stepped = fused_step(self, hidden_states[:, 0], conv_state, ssm_state)
+        if stepped is not None:
+            y, newest = stepped
+            _remember(self, cache_params, newest)
+            return y[:, None]
 
     inputs, z = _applied(self.in_proj, _masked(hidden_states, mask)).chunk(2, dim=-1)
     # The backward pass needs x and dt, each as large as z, but they are cheap to make again.
@@ -61,26 +76,44 @@ def forward(
         if hasattr(self, "dt_layernorm"):
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         dt, dt_bias = _project(self.dt_proj, dt, again)
-        steering = dt, -torch.exp(self.A_log.float()), B, C, self.D, z, dt_bias, True
-        if ssm_state is not None and seqlen == 1 and not torch.is_grad_enabled():
+        # Not exp, which wakes a second thread for few numbers: see `MambaMixer._decay`.
+        A = -torch.exp2(self.A_log.float() / math.log(2))
+        steering = dt, A, B, C, self.D, z, dt_bias, True
+        if ssm_state is not None and _is_step(x):
             y, state = _step(ssm_state, x, *steering)
         else:
             y, state = selective_scan(x, *steering, initial_state=ssm_state, seq_idx=seq_idx)
     if cache_params is not None:
-        width = self.conv1d.kernel_size[0]
-        cache_params.update_conv_state(inputs.transpose(1, 2), layer, conv_kernel_size=width)
+        _remember(self, cache_params, inputs.transpose(1, 2))
         if state is not ssm_state:
             cache_params.update_recurrent_state(state, layer)
     return _applied(self.out_proj, y)
 
 
+def _remember(mixer: Any, cache_params: Any, inputs: Tensor) -> None:
+    """Add inputs of the convolution, (B, D, L), to the cache."""
+    width = mixer.conv1d.kernel_size[0]
+    cache_params.update_conv_state(inputs, mixer.layer_idx, conv_kernel_size=width)
+
+
 def _applied(layer: Any, x: Tensor) -> Tensor:
-    """layer(x); of a plain one that sees one position the matrix is read at the memory's speed."""
-    is_step = x.shape[1] == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if is_step and is_plain(layer, nn.Linear) and x.dtype == layer.weight.dtype:
-        return linear_step(x[:, 0], layer.weight, layer.bias)[:, None]
+    """layer(x)."""
+    if is_plain(layer, nn.Linear) and _is_step(x):
+        return _product(x, layer.weight, layer.bias)
     y: Tensor = layer(x)
     return y
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer; for one position its matrix is read at the memory's speed."""
+    if _is_step(x) and x.dtype == weight.dtype and not torch.compiler.is_compiling():
+        return linear_step(x[:, 0], weight, bias)[:, None]
+    return linear(x, weight, bias)
+
+
+def _is_step(x: Tensor) -> bool:
+    """One position, of which no gradient is asked for."""
+    return x.shape[1] == 1 and not torch.is_grad_enabled()
 
 
 def _masked(hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -104,7 +137,13 @@ def _convolve(
 ) -> Tensor:
     """The convolution and its activation; None is SiLU, within the operation."""
     name = "silu" if activation is None else None
-    y, _ = causal_conv1d(x, weight.squeeze(1), bias, name, initial_state=past, seq_idx=seq_idx)
+    filters = weight.squeeze(1), bias, name
+    if past is not None and seq_idx is None and _is_step(x):
+        # In a copy: the cache takes the input by itself.
+        state = past.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+        y = causal_conv1d_step(state, x[:, 0], *filters)[:, None]
+    else:
+        y, _ = causal_conv1d(x, *filters, initial_state=past, seq_idx=seq_idx)
     return _masked(y if activation is None else activation(y), mask)
 
 
@@ -113,7 +152,7 @@ def _project(dt_proj: nn.Module, dt: Tensor, again: Recomputation) -> tuple[Tens
     if type(dt_proj) is not nn.Linear:
         # An adapter or a quantised layer: only as a whole is it what it should be.
         return dt_proj(dt), None
-    projected = linear(dt, dt_proj.weight)
+    projected = _product(dt, dt_proj.weight, None)
     again.instead_of(projected, project_to(projected.dtype), dt, dt_proj.weight)
     return projected, dt_proj.bias
 

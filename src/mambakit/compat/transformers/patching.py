@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -26,8 +27,8 @@ MIXERS = {
 }
 """The layers, by the module that holds them."""
 
-_FUNCTION = "mamba_selective_scan"
-"""In modelling files of the form that is known here. Those of older versions take functions by name alone."""
+_FUNCTION, _METHOD = "mamba_selective_scan", "get_conv_state"
+"""Of modelling files and of the cache, in the form that is known here: that of 5.21 and later."""
 
 _GUARD = "_check_lora_target_modules_mamba"
 """peft's function that refuses."""
@@ -72,8 +73,16 @@ def _replace(owner: Any, name: str, value: Any) -> None:
 
 
 def _patch_mixer(module: ModuleType) -> None:
+    import transformers
+    from transformers.cache_utils import Cache
+
     mixer = getattr(module, MIXERS[module.__name__], None)
-    if mixer is None or not hasattr(module, _FUNCTION):
+    if mixer is None or not hasattr(module, _FUNCTION) or not hasattr(Cache, _METHOD):
+        warnings.warn(
+            f"{module.__name__} of transformers {transformers.__version__} keeps its own layer, which finds functions "
+            "of mambakit by name alone; upgrade transformers to 5.21 or later",
+            stacklevel=2,
+        )
         return
     import torch
     from transformers.integrations.accelerate import force_accelerate_hooks

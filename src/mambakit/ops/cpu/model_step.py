@@ -1,4 +1,4 @@
-"""One decoding step of a whole model in one compiled call: nothing but the memory's speed holds it up.
+"""One decoding step of a whole model, or of a mixer, in one compiled call: nothing but the memory's speed holds it up.
 
 Operation by operation, Python and the hand-overs between threads take as long as reading the weights.
 """
@@ -107,7 +107,8 @@ class ModelStep:
             array(head.weight),
         )
         self._rows = _rows(layers[0], head, self._sizes)
-        self._counters = np.zeros((2, PARTS * len(layers) + 2), np.int64)
+        self._end = PARTS * len(layers) + 2
+        self._counters = np.zeros((2, self._end), np.int64)
         self._weights = len(layers) * layers[0].in_proj.numel() + head.weight.numel()
         self._states = [state for la in layers for state in (la.conv_state, la.ssm_state)]
 
@@ -120,11 +121,39 @@ class ModelStep:
         rows = self._rows._replace(logits=array(logits))
         rows.residual[:] = array(embedded)
         rows.hidden[:] = 0
+        self._share(0, self._end, rows)
+        return logits
+
+    def mix(self, hidden: Tensor) -> Tensor:
+        """The mixer of the first layer alone, from (B, M) to (B, M) in the same dtype. Its states move on."""
+        from mambakit.ops.cpu.kernels.model_step import IN_PROJ, PARTS
+
+        self._rows.normed.values[:] = hidden.float().numpy()
+        self._share(IN_PROJ, PARTS, self._rows)
+        return torch.from_numpy(self._rows.hidden).to(hidden.dtype)
+
+    def _share(self, first: int, end: int, rows: Any) -> None:
+        """Share the tasks of the phases from first to end among threads."""
         self._counters[:] = 0
         threads = torch.get_num_threads() if self._weights > SMALL else 1
-        run(_walk, threads, self._sizes, *self._model, rows, *self._counters)
+        run(_walk, threads, first, end, self._sizes, *self._model, rows, *self._counters)
         increment_version(self._states)
-        return logits
+
+
+def mixer_step(mixer: Layer, hidden: Tensor) -> Tensor | None:
+    """One decoding step of a mixer, in the place of its operations; None if the kernel has no form for it.
+
+    Args:
+        mixer: Its tensors, but for `norm`, which is empty. The states move on.
+        hidden: (B, M), in the dtype of the matrices.
+
+    Returns:
+        (B, M).
+    """
+    nothing = Head(mixer.norm, mixer.in_proj[:0], None)
+    if hidden.dtype != mixer.in_proj.dtype or not suitable([mixer], nothing):
+        return None
+    return ModelStep([mixer], nothing, (), None).mix(hidden)
 
 
 _ADDRESSES = np.dtype([(name, np.int64) for name in Layer._fields])
@@ -137,7 +166,7 @@ def _sizes(layers: Sequence[Layer], head: Head) -> Any:
 
     first = layers[0]
     d_inner, d_state = first.A_log.shape
-    d_model = head.norm.shape[0]
+    d_model = first.out_proj.shape[0]
     dt_rank = first.x_proj.shape[0] - 2 * d_state
     times = 1 if head.weight.dtype == torch.float32 else 2 if head.scales is None else 4
     return Sizes(
@@ -177,10 +206,9 @@ def _rows(layer: Layer, head: Head, sizes: Any) -> Any:
     )
 
 
-def _walk(first: int, last: int, sizes: Any, *args: Any) -> None:
+def _walk(first: int, last: int, phase: int, end: int, *args: Any) -> None:
     """A thread's part in the step; when it has waited too long, others get its processor for a while."""
-    from mambakit.ops.cpu.kernels.model_step import PARTS, walk
+    from mambakit.ops.cpu.kernels.model_step import walk
 
-    phase = 0
-    while (phase := walk(phase, sizes, *args)) < PARTS * sizes.layers + 2:
+    while (phase := walk(phase, end, *args)) < end:
         time.sleep(NAP_SECONDS)

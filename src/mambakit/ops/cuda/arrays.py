@@ -51,6 +51,13 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a multiprocessor has."""
+    size: int = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return size
+
+
+@functools.cache
 def has_warpgroups(device: torch.device) -> bool:
     """Whether four warps of the GPU can multiply together (wgmma): compute capability 9.0 alone."""
     return torch.cuda.get_device_capability(device) == (9, 0)

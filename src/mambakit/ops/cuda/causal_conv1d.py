@@ -20,6 +20,9 @@ NUMBERS, BACKWARD_NUMBERS = 16, 8
 RUNS = (256, 128, 64, 32, 16)
 """Time steps that a thread walks: the fewer, the more of them it reads twice. The forward takes at most 128."""
 
+RESIDENT, BACKWARD_RESIDENT = 2, 3
+"""Blocks that a multiprocessor holds at a time. Half as many in all are enough to take the longest runs."""
+
 
 def causal_conv1d(
     x: Tensor,
@@ -52,7 +55,7 @@ def _run_forward(
     x = readable(x)
     along = lanes(_most(NUMBERS, x, weight), x.shape[2], x)
     constants, grid, inputs, length = _prepare(
-        RUNS[1:], along, x, weight, bias, initial_state, seq_idx, silu
+        RUNS[1:], RESIDENT, along, x, weight, bias, initial_state, seq_idx, silu
     )
     launch = kernel("causal_conv1d_forward.cu", "causal_conv1d_forward", x.device, **constants)
     launch(grid, 32 * WARPS, *inputs, y, state, *x.shape[1:], length)
@@ -83,7 +86,7 @@ def _run_backward(
     x, dy = readable(x), readable(dy)
     along = lanes(_most(BACKWARD_NUMBERS, x, weight), x.shape[2], x, dy)
     constants, grid, inputs, length = _prepare(
-        RUNS, along, x, weight, bias, initial_state, seq_idx, silu
+        RUNS, BACKWARD_RESIDENT, along, x, weight, bias, initial_state, seq_idx, silu
     )
     _, columns, groups = _cut(x, along, length)
     parts = grid // columns
@@ -162,6 +165,7 @@ def _cut(x: Tensor, along: int, length: int) -> tuple[int, int, int]:
 
 def _prepare(
     runs: tuple[int, ...],
+    resident: int,
     along: int,
     x: Tensor,
     weight: Tensor,
@@ -177,7 +181,7 @@ def _prepare(
     assert filters is not None
     index = None if seq_idx is None else seq_idx.dtype
     constants = _constants(x.dtype, filters.dtype, weight.shape[1], along, silu, index)
-    enough = 4 * multiprocessors(x.device)
+    enough = resident * multiprocessors(x.device) / 2
     length = next((run for run in runs if _cut(x, along, run)[0] >= enough), 8)
     inputs = (
         x, *x.stride()[:2], filters, bias, initial_state, *_strides(initial_state),

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambakit.ops.cuda.arrays import TYPES, Variants
+from mambakit.ops.cuda.arrays import TYPES, Variants, shared_memory
 from mambakit.ops.cuda.compiler import kernel
 from mambakit.ops.operators import Operator
+from mambakit.ops.wide_products import multiply_add
 
 LOGITS_BYTES = 2**30
 """Most memory of the logits of one block. The larger, the less often the gradient of weight is read and written."""
@@ -22,9 +23,6 @@ TILE = 256
 """Rows of a block are a multiple of this, so that the products fill their tiles."""
 
 THREADS = 512
-
-ADDS_IN_FLOAT32 = torch.torch_version.TorchVersion(torch.__version__) >= "2.11"
-"""Whether `torch.addmm` adds half-precision products to float32; earlier, the product of a block is rounded first."""
 
 
 def linear_cross_entropy(
@@ -68,7 +66,7 @@ def _run_forward(
         if of_hidden:
             torch.mm(logits, matrix, out=dhidden[part])
         if of_weight:
-            _add_product(dweight, logits.t(), hidden[part])
+            multiply_add(logits.t(), hidden[part], dweight)
     counted = (targets != ignore_index).sum()
     return losses.sum() / counted, dhidden, dweight, counted
 
@@ -161,15 +159,4 @@ def _run(
 def _shared_bytes(device: torch.device) -> int:
     """Shared memory of a block that leaves room for a second one: while one reads, the other writes."""
     reserved, sums = 1024, 2 * 4 * THREADS // 32  # by the system; in the kernel
-    memory = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    return memory // 2 - reserved - sums
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left right, in float32 whatever the dtype of the factors."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif ADDS_IN_FLOAT32:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total += left @ right
+    return shared_memory(device) // 2 - reserved - sums

@@ -46,7 +46,7 @@ class Layout(NamedTuple):
     @property
     def segment(self) -> int:
         """Steps between two exchanges within a warp of the forward."""
-        return 16 if self.channels == 2 and self.on_tensor_cores else 8
+        return 16 if self.on_tensor_cores else 8
 
     def blocks(self, width: int) -> int:
         """Blocks that `width` channels of a group need."""
@@ -69,9 +69,13 @@ class Layout(NamedTuple):
         warp = self.segment * (self.slots * (2 * floats + (self.spread + 1) * floats) + 4)
         return _aligned(self.warps * warp + 4 * self.tile * self.padded * self.number_bytes)
 
-    def backward_bytes(self, io_bytes: int) -> int:
+    def backward_segment(self, is_few: bool) -> int:
+        """Steps that a warp of the backward walks back at a time."""
+        return 8 if is_few else 4
+
+    def backward_bytes(self, io_bytes: int, is_few: bool = False) -> int:
         """Shared memory of `scan_backward`, in the order of its structs."""
-        tile, segment, floats = self.save_every, 4, 4 * self.channels
+        tile, segment, floats = self.save_every, self.backward_segment(is_few), 4 * self.channels
         states, lanes = self.states * self.number_bytes, 32 * self.channels
         warp = tile * self.slots * (2 * floats + 8 * self.channels * io_bytes)
         warp = _aligned(warp + 2 * 4 * lanes + segment * self.slots * floats)
@@ -112,7 +116,7 @@ class Narrow(NamedTuple):
     warps: int = 4
     """Warps that walk; as many help."""
     tile: int = 64
-    """Steps that the helpers are ahead."""
+    """Steps that the helpers are ahead: one for each two of their lanes."""
 
     def blocks(self, width: int) -> int:
         """Blocks that `width` channels of a group need."""
@@ -125,11 +129,11 @@ class Narrow(NamedTuple):
         return {**common, **sizes, "SHARED_BYTES": self.bytes()}
 
     def bytes(self) -> int:
-        """Shared memory: steps and sums of y of two tiles, inputs of four, restarts."""
+        """Shared memory: steps of two tiles, sums of y and inputs of four, restarts, barriers."""
         ring = 2 * self.tile
-        rows = self.warps * (4 * ring * 8 + 48) + self.warps * (8 * (ring + 16) * 4 + 48)
+        rows = self.warps * (4 * (ring + 2) * 8 + 32 + 8 * (2 * ring + 16) * 4 + 32)
         inputs = 4 * self.tile * (2 * 16 + 3 * 4 * self.warps) * 2
-        return _aligned(rows + inputs + 4 * ring)
+        return _aligned(rows + inputs + 4 * ring + 2 * 8)
 
 
 NARROW = Narrow()
@@ -155,9 +159,14 @@ class Pace(NamedTuple):
 
 FORWARD = {2: Pace(5, 1.5, 0.78, 0.75), 1: Pace(4, 1.95, 0.4, 0.75)}
 """By channels a lane."""
-NARROW_PACE = Pace(2, 0.19, 0.26, 0.0)
-"""Of `scan_narrow`, which is never cut in time."""
+NARROW_PACE = Pace(2, 0.05, 0.29, 0.0)
+"""Of `scan_narrow`, which is never cut in time. Its measured cost is 0.25: it is taken where it is faster by a seventh,
+since the times of many blocks of the other kernels are estimated too long by a tenth."""
 BACKWARD = Pace(3, 0.95, 1.0, 0.2)
+
+FEW_FORWARD, FEW_BACKWARD = Pace(2, 2.04, 0.52, 0.0), Pace(2, 2.0, 0.674, 0.0)
+"""Where no multiprocessor gets a third block: each of two may then have 255 registers. Two channels a lane, and time is
+not cut."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -208,6 +217,9 @@ def variants() -> Variants:
             for mode in ("CHUNK_STATES", "OUTPUTS", "CHUNK_ADJOINTS"):
                 found.append(forward_kernel(form._replace(channels=channels), mode, common))
         found.append(backward_kernel(form, size, "scan_backward", common))
+        if form.on_tensor_cores:
+            found.append(forward_kernel(form, "OUTPUTS", common, is_few=True))
+            found.append(backward_kernel(form, size, "scan_backward", common, is_few=True))
         if takes_narrow(form, size):
             lanes = {"B_LANES": 8 if aligned else 1, "C_LANES": 8 if aligned else 2}
             found.append(narrow_kernel({**common, **lanes}))
@@ -215,10 +227,11 @@ def variants() -> Variants:
 
 
 def forward_kernel(
-    form: Layout, mode: str, options: dict[str, int | str]
+    form: Layout, mode: str, options: dict[str, int | str], is_few: bool = False
 ) -> tuple[str, str, dict[str, int | str]]:
     """File, name and constants of `scan_forward`; for `mode` see there."""
-    resident = FORWARD[form.channels].resident if form.on_tensor_cores else 1
+    pace = FEW_FORWARD if is_few else FORWARD[form.channels]
+    resident = pace.resident if form.on_tensor_cores else 1
     if resident > 4 and options["IO"] == "float":
         resident = 4  # Its exact functions need the registers.
     constants: dict[str, int | str] = {"MODE": mode, "MIN_BLOCKS": resident}
@@ -233,12 +246,14 @@ def narrow_kernel(options: dict[str, int | str]) -> tuple[str, str, dict[str, in
 
 
 def backward_kernel(
-    form: Layout, io_bytes: int, name: str, options: dict[str, int | str]
+    form: Layout, io_bytes: int, name: str, options: dict[str, int | str], is_few: bool = False
 ) -> tuple[str, str, dict[str, int | str]]:
     """File, name and constants of a kernel in the backward's file."""
-    resident = BACKWARD.resident if form.on_tensor_cores else 1
+    pace = FEW_BACKWARD if is_few else BACKWARD
+    resident = pace.resident if form.on_tensor_cores else 1
     constants: dict[str, int | str] = {"MIN_BLOCKS": resident, **form.constants(), **options}
-    constants["SHARED_BYTES"] = form.backward_bytes(io_bytes)
+    constants["SEGMENT"] = form.backward_segment(is_few)
+    constants["SHARED_BYTES"] = form.backward_bytes(io_bytes, is_few)
     return "selective_scan_backward.cu", name, constants
 
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from mambakit.ops.cuda.arrays import TYPES, lanes, multiprocessors, readable
+from mambakit.ops.cuda.arrays import TYPES, lanes, multiprocessors, readable, shared_memory
 from mambakit.ops.cuda.compiler import kernel
 from mambakit.ops.cuda.launch import Kernel
 from mambakit.ops.cuda.scan_layout import (
     BACKWARD,
+    FEW_BACKWARD,
+    FEW_FORWARD,
     FORWARD,
     MOST_STATES,
     NARROW,
@@ -34,9 +36,10 @@ __all__ = ["selective_scan", "variants"]
 
 CHUNKS: int | None = None
 """How many chunks to cut time into, for tests; None lets `plan` choose."""
-IS_NARROW: bool | None = False
-"""Whether few channels are walked by `scan_narrow`; None lets `plan` choose. Not before all of its tests have run on a
-GPU; its speed and some values have been seen on one (docs/lab-notes.md)."""
+IS_FEW: bool | None = None
+"""Whether blocks count as few where there is a choice, for tests; None lets `plan` choose."""
+IS_NARROW: bool | None = None
+"""Whether `scan_narrow` runs where it can, for tests; None lets `plan` choose."""
 
 
 def selective_scan(
@@ -169,7 +172,7 @@ def _run_backward(
     dz = nothing() if z is None else torch.empty_like(dx)
     dinitial = torch.empty_like(dstate)
 
-    chunk, chunks = inputs.cut(BACKWARD)
+    chunk, chunks = inputs.cut_backward()
     adjoints, sums = inputs.chunk_states(chunks)
     if chunks > 1:
         inputs.run(
@@ -189,7 +192,7 @@ def _run_backward(
 
     def of_file(name: str) -> Kernel:
         size = inputs.x.element_size()
-        file, _, constants = backward_kernel(form, size, name, inputs.options(dout))
+        file, _, constants = backward_kernel(form, size, name, inputs.options(dout), inputs.is_few)
         return kernel(file, name, device, **constants)
 
     run, add = of_file("scan_backward"), of_file("scan_add_parts")
@@ -200,7 +203,7 @@ def _run_backward(
         seqlen, d_inner, d_state, inputs.groups, chunk, chunks,
         *_rows(dout), *_rows(inputs.x), *_rows(inputs.dt), *_rows(inputs.z),
         *_weight_rows(inputs.B), *_weight_rows(inputs.C),
-        shared=form.backward_bytes(inputs.x.element_size()),
+        shared=form.backward_bytes(inputs.x.element_size(), inputs.is_few),
     )  # fmt: skip
 
     def weight(parts: Tensor, like: Tensor, read: Tensor) -> Tensor:
@@ -279,6 +282,7 @@ class _Inputs:
         self.restart = restart
         self.dt_softplus = dt_softplus
         self.form = layout(A.shape[1], A.is_complex())
+        self.is_few = False
         self.groups = math.lcm(*(W.shape[2] for W in (B, C) if W.ndim == 4))
 
     @property
@@ -299,21 +303,42 @@ class _Inputs:
     def cut(self, pace: Pace) -> tuple[int, int]:
         """Steps of a chunk, a multiple of what kernels hold at a time, and the number of chunks."""
         seqlen = self.x.shape[1]
-        chunks = CHUNKS or plan(self.blocks, seqlen, multiprocessors(self.x.device), pace)[0]
+        chunks = CHUNKS or (1 if self.is_few else self.plan(pace)[0])
         chunk = -(-seqlen // (32 * chunks)) * 32
         return chunk, -(-seqlen // chunk)
+
+    def plan(self, pace: Pace, most: int = 64) -> tuple[int, float]:
+        """`plan` of these blocks."""
+        return plan(self.blocks, self.x.shape[1], multiprocessors(self.x.device), pace, most)
 
     def forward_time(self, channels: int) -> float:
         """What `plan` estimates with so many channels a lane."""
         form, self.form = self.form, self.form._replace(channels=channels)
-        blocks, self.form = self.blocks, form
-        return plan(blocks, self.x.shape[1], multiprocessors(self.x.device), FORWARD[channels])[1]
+        (_, time), self.form = self.plan(FORWARD[channels]), form
+        return time
 
     def cut_forward(self) -> tuple[int, int]:
         """As `cut`, with one channel a lane if that is faster: it makes twice as many blocks."""
         channels = min((n for n in FORWARD if n <= self.form.channels), key=self.forward_time)
+        self.is_few = self.are_few(FEW_FORWARD, self.forward_time(channels))
+        if self.is_few:
+            return self.cut(FEW_FORWARD)
         self.form = self.form._replace(channels=channels)
         return self.cut(FORWARD[channels])
+
+    def cut_backward(self) -> tuple[int, int]:
+        """As `cut`."""
+        memory = FEW_BACKWARD.resident * self.form.backward_bytes(self.x.element_size(), True)
+        has_room = memory <= shared_memory(self.x.device)
+        self.is_few = has_room and self.are_few(FEW_BACKWARD, self.plan(BACKWARD)[1])
+        return self.cut(BACKWARD)
+
+    def are_few(self, pace: Pace, others: float) -> bool:
+        """Whether the blocks are one wave of `pace`, which takes less time than `others`."""
+        if IS_FEW is not None or not self.form.on_tensor_cores:
+            return bool(IS_FEW) and self.form.on_tensor_cores
+        room = pace.resident * multiprocessors(self.x.device)
+        return self.blocks <= room and self.plan(pace, most=1)[1] < others
 
     def is_narrow(self) -> bool:
         """Whether `scan_narrow` knows the sizes, and is faster than any other way."""
@@ -323,6 +348,8 @@ class _Inputs:
             return IS_NARROW
         processors = multiprocessors(self.x.device)
         _, time = plan(self.narrow_blocks, self.x.shape[1], processors, NARROW_PACE, most=1)
+        if self.are_few(FEW_FORWARD, time):
+            return False
         return all(time < self.forward_time(channels) for channels in FORWARD)
 
     def chunk_states(self, chunks: int) -> tuple[Tensor | None, Tensor | None]:
@@ -349,7 +376,7 @@ class _Inputs:
 
     def run_narrow(self, *arguments: Any) -> None:
         """Launch `scan_narrow`."""
-        options = self.options(channels=4)
+        options = self.options(channels=8)
         for name, weight in (("B", self.B), ("C", self.C)):
             options[f"{name}_LANES"] = lanes(8, weight.shape[-1], weight) if weight.ndim > 2 else 1
         file, name, constants = narrow_kernel(options)
@@ -361,7 +388,7 @@ class _Inputs:
         options = self.options(arguments[0])
         if mode == "CHUNK_ADJOINTS":
             options["B_VARIES"] = options["C_VARIES"]
-        file, name, constants = forward_kernel(self.form, mode, options)
+        file, name, constants = forward_kernel(self.form, mode, options, self.is_few)
         launch = kernel(file, name, self.x.device, **constants)
         launch(grid, 32 * self.form.warps, *arguments, shared=self.form.forward_bytes())
 

@@ -33,7 +33,9 @@ def test_a_warp_holds_every_state_of_its_channels(d_state: int, is_complex: bool
 def test_a_block_fits_on_every_gpu(d_state: int) -> None:
     form = layout(d_state, is_complex=False)
     assert form.forward_bytes() <= SHARED_LIMIT
-    assert form.backward_bytes(io_bytes=4) <= SHARED_LIMIT
+    for is_few in (False, True) if form.on_tensor_cores else (False,):
+        assert form.backward_bytes(4, is_few) <= SHARED_LIMIT
+        assert form.save_every % form.backward_segment(is_few) == 0
 
 
 @pytest.mark.parametrize("pace", [*FORWARD.values(), BACKWARD])

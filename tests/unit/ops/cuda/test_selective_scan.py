@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,9 +12,9 @@ from mambakit.ops.cuda import selective_scan as cuda
 
 @pytest.fixture(autouse=True)
 def _device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One with 132 multiprocessors, and `plan` is free to choose."""
+    """An H100."""
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(cuda, "IS_NARROW", None)
+    monkeypatch.setattr(cuda, "shared_memory", lambda device: 228 * 1024)
 
 
 def inputs(
@@ -38,7 +40,8 @@ def test_few_channels_are_walked_in_one_pass(batch: int, seqlen: int, channels: 
 
 
 @pytest.mark.parametrize(
-    ("batch", "seqlen", "channels"), [(8, 2048, 5120), (1, 65536, 1024), (1, 65536, 64)]
+    ("batch", "seqlen", "channels"),
+    [(8, 2048, 5120), (4, 2048, 4096), (1, 65536, 1024), (1, 65536, 64)],
 )
 def test_many_channels_and_very_few_are_not(batch: int, seqlen: int, channels: int) -> None:
     assert not inputs(batch, seqlen, channels).is_narrow()
@@ -54,6 +57,12 @@ def test_a_block_stays_in_its_group() -> None:
     assert inputs(2, 64, 96, groups=4).narrow_blocks == 2 * 4 * 2
 
 
+def test_helpers_move_eight_channels_at_once_where_they_are_aligned() -> None:
+    assert inputs(1, 64, 1536).options(channels=8)["ALIGNED"] == 1
+    assert inputs(1, 64, 1532).options(channels=8)["ALIGNED"] == 0
+    assert inputs(1, 64, 1536, groups=128).options(channels=8)["ALIGNED"] == 0
+
+
 def test_tests_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "IS_NARROW", True)
     assert inputs(8, 2048, 5120).is_narrow()
@@ -67,3 +76,37 @@ def test_one_channel_a_lane_where_two_leave_processors_idle() -> None:
     assert few.cut_forward()[1] > 8
     assert many.cut_forward() == (2048, 1)
     assert many.form.channels == 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "channels", "is_few"),
+    [(4, 2048, 4096, True), (8, 2048, 2048, True), (8, 2048, 5120, False), (8, 2048, 1536, False),
+     (32, 2048, 1536, False), (64, 512, 1536, False), (1, 65536, 1536, False), (1, 2048, 5120, False)],
+)  # fmt: skip
+def test_what_counts_as_few_blocks(batch: int, seqlen: int, channels: int, is_few: bool) -> None:
+    """As measured on an H100: where they count as few, that is faster than any other way."""
+    scan = inputs(batch, seqlen, channels)
+    cut = scan.cut_backward()
+    assert scan.is_few == is_few
+    assert not is_few or cut == (seqlen, 1)
+    cut = scan.cut_forward()
+    assert scan.is_few == is_few
+    assert not is_few or (cut == (seqlen, 1) and scan.form.channels == 2)
+
+
+def test_few_blocks_need_room_and_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_few(**options: Any) -> tuple[bool, bool]:
+        scan = inputs(4, 2048, 4096, **options)
+        scan.cut_forward()
+        forward = scan.is_few
+        scan.cut_backward()
+        return forward, scan.is_few
+
+    assert is_few() == is_few(dtype=torch.float32) == (True, True)
+    assert is_few(d_state=17) == (False, False)
+    monkeypatch.setattr(cuda, "shared_memory", lambda device: 164 * 1024)
+    assert is_few() == (True, False)
+    monkeypatch.setattr(cuda, "IS_FEW", False)
+    assert is_few() == (False, False)
+    monkeypatch.setattr(cuda, "IS_FEW", True)
+    assert is_few(d_state=17) == (False, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,6 +131,7 @@ def capture_graph(
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    gc.collect()  # A graph that is garbage would break the capture if it went during it.
     with torch.cuda.graph(graph, pool=mempool):
         logits = call()
     inference_params.seqlen_offset = before

@@ -242,16 +242,17 @@ def run_task(
 
 
 @kernel
-def walk(phase, sizes, layers, eps, mixer_eps, norm_f, steering, scales, head, rows, claimed, done):
-    """Take part in the phases from `phase` on; the phase in which waiting took too long, or their number at the end.
+def walk(
+    phase, end, sizes, layers, eps, mixer_eps, norm_f, steering, scales, head, rows, claimed, done
+):
+    """Take part in the phases from `phase` on; the phase in which waiting took too long, or `end`.
 
     layers: for each a record of addresses, of what `mambakit.ops.model_layer.Layer` names. eps: of each norm.
     mixer_eps: of the norms of dt, B and C, or None. norm_f: (M,), in the dtype of norms and convolutions.
     steering: an array of the dtype of x_proj and dt_proj. head: (V, M) in the dtype of the other matrices, or its
     codes, and their scales. claimed, done: tasks of each phase, int64.
     """
-    phases = PARTS * sizes.layers + 2
-    while phase < phases:
+    while phase < end:
         index, part = phase // PARTS, phase % PARTS
         layer = layers[min(index, sizes.layers - 1)]
         size = task_size(part, index == sizes.layers, sizes)

@@ -116,6 +116,9 @@ template <int COUNT> union Packed {
     else if constexpr (sizeof(T) == 2 && COUNT == 4) {
       const unsigned half = j < 2 ? word.x : word.y;
       return j % 2 ? high_float<T>(half) : low_float<T>(half);
+    } else if constexpr (sizeof(T) == 2 && COUNT == 8) {
+      const unsigned half = j < 4 ? j < 2 ? word.x : word.y : j < 6 ? word.z : word.w;
+      return j % 2 ? high_float<T>(half) : low_float<T>(half);
     } else return to_float(of[j]);
   }
 };
@@ -137,8 +140,10 @@ template <int COUNT = CHANNELS, bool AS_WORD = ALIGNED> FORCE_INLINE Packed<COUN
 // The same, on its way from memory to shared memory while the warp goes on; `await_copies` waits for all of a lane's.
 template <int COUNT> FORCE_INLINE void copy(IO* to, const IO* p, bool exists) {
   constexpr int BYTES = sizeof(IO) * COUNT;
-  if constexpr (BYTES >= 4) {
-    const unsigned at = (unsigned)__cvta_generic_to_shared(to);
+  const unsigned at = (unsigned)__cvta_generic_to_shared(to);
+  if constexpr (BYTES == 16) {  // can pass by the first-level cache, which has little room beside much shared memory
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(p), "r"(exists ? BYTES : 0) : "memory");
+  } else if constexpr (BYTES >= 4) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(p), "n"(BYTES), "r"(exists ? BYTES : 0) : "memory");
   } else {
     *to = exists ? *p : IO{};
@@ -159,7 +164,10 @@ template <int COUNT> FORCE_INLINE void write(IO* p, const float (&values)[COUNT]
 #pragma unroll
   for (int j = 0; j < COUNT; j++) c.of[j] = from_float<IO>(values[j]);
 #if ALIGNED
-  if (count) *reinterpret_cast<decltype(c.word)*>(p) = c.word;
+  if (!count) return;
+  if constexpr (sizeof(c) == 16)  // told so, since the compiler may make four accesses of it
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(c.word.x), "r"(c.word.y), "r"(c.word.z), "r"(c.word.w) : "memory");
+  else *reinterpret_cast<decltype(c.word)*>(p) = c.word;
 #else
 #pragma unroll
   for (int j = 0; j < COUNT; j++)

@@ -10,12 +10,13 @@
 // and leaves the state there in shared memory; then, from the last segment to the first, it walks the segment again with
 // exp(dt A) and exp(dt A) h in registers, and back with the adjoint. Lanes and channels are as in selective_scan.cuh.
 //
+// SEGMENT: 4, or 8 where few blocks leave each the registers for it.
+//
 // Sums over channels go through shared memory: lanes to warp at the end of a segment, warps to block at the end of a tile,
 // and one row a block to global memory, which scan_add_parts adds in order. So every sum has one order, and no atomics.
 #include "selective_scan.cuh"
 
 constexpr int TILE = SAVE_EVERY;
-constexpr int SEGMENT = 4;
 #include "channel_sums.cuh"
 
 constexpr int ROUNDS = SEGMENT > SPREAD ? SEGMENT / SPREAD : 1;  // steps of a segment that a lane prepares

@@ -6,10 +6,10 @@
 //
 // - WARPS warps walk: 8 lanes a channel with 2 states each, through all of time, and compute what differs from state to state;
 // - as many warps help: TILE by TILE of steps, they copy the inputs to shared memory, compute dt and dt x before a tile is
-//   walked, and the gate and y after it. A helper's lane has all SLOTS channels of a walker, of one step a round;
+//   walked, and the gate and y after it. A helper's lane has 8 channels of one step: 16 bytes of each tensor;
 // - tensor cores give each lane of a walker its B and C, and sum y over the lanes.
 //
-// Helpers are a tile ahead, and one behind. The barriers `ready` and `walked` of a tile hand it over and back.
+// Helpers are a tile ahead, and one behind. Barriers of a tile hand it over, when it is ready, and back, when it is walked.
 //
 // A warp runs on the scheduler of its number modulo 4: with WARPS = 4, each has a walker and a helper.
 //
@@ -20,51 +20,41 @@
 
 FORCE_INLINE float gate(float z) { return HAS_Z ? z * logistic(z) : 1.0f; }
 
-// Rows of a tensor that a helper's lane reads or writes in a tile, some steps apart; `next` goes on to the next tile.
-template <class T, int COUNT> struct Rows {
-  T* at[COUNT];
+// x, dt or z of a helper's lane, on the way from memory to shared memory; each call goes on to the next tile.
+struct EightRows {
+  const IO* at;
   int64 tile;  // from one to the next
-
-  FORCE_INLINE Rows(T* first, int64 time_stride, int steps) : tile(TILE * time_stride) {
-#pragma unroll
-    for (int k = 0; k < COUNT; k++) at[k] = first + k * steps * time_stride;
-  }
-  FORCE_INLINE void next() {
-#pragma unroll
-    for (int k = 0; k < COUNT; k++) at[k] += tile;
-  }
-};
-
-// x, dt or z, on the way from memory to shared memory.
-struct SlotRows {
-  Rows<const IO, ROUNDS> rows;
   int step, count;
 
-  FORCE_INLINE SlotRows(const IO* tensor, int64 time_stride, int step, int count)
-      : rows(tensor + step * time_stride, time_stride, 32), step(step), count(count) {}
-  FORCE_INLINE void copy_tile(Slots (*to)[HELPERS], int me, int left) {
-#pragma unroll
-    for (int r = 0; r < ROUNDS; r++) copy(to[r][me], rows.at[r], step + 32 * r < left ? count : 0);
-    rows.next();
+  FORCE_INLINE EightRows(const IO* tensor, int64 time_stride, int step, int count)
+      : at(tensor + step * time_stride), tile(TILE * time_stride), step(step), count(count) {}
+  FORCE_INLINE void copy_tile(Eight& to, int left) {
+    copy(to, at, step < left ? count : 0);
+    at += tile;
   }
 };
 
 // B or C likewise: LANES neighbouring states of a step at a time, by all helpers.
 template <int LANES> struct WeightRows {
-  static constexpr int EACH = PADDED / LANES, APART = HELPERS / EACH, COUNT = (TILE + APART - 1) / APART;
+  static constexpr int EACH = PADDED / LANES, APART = HELPERS / EACH, COUNT = TILE / APART;
+  static_assert(COUNT * APART == TILE, "lanes have as many steps");
+  const IO* at[COUNT];
+  int64 tile;
   int step, n;
   bool exists;
-  Rows<const IO, COUNT> rows;
 
   FORCE_INLINE WeightRows(const IO* tensor, int64 time_stride, int me, int d_state)
-      : step(me / EACH), n(me % EACH * LANES), exists(n < d_state), rows(tensor + step * time_stride + n, time_stride, APART) {}
+      : tile(TILE * time_stride), step(me / EACH), n(me % EACH * LANES), exists(n < d_state) {
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) at[k] = tensor + (step + k * APART) * time_stride + n;
+  }
   FORCE_INLINE void copy_tile(Pair (*to)[PAIRS], int left) {
 #pragma unroll
     for (int k = 0; k < COUNT; k++) {
       const int here = step + k * APART;
-      if (here < TILE) copy<LANES>(&to[here][0].of[0] + n, rows.at[k], exists && here < left);
+      copy<LANES>(&to[here][0].of[0] + n, at[k], exists && here < left);
+      at[k] += tile;
     }
-    rows.next();
   }
 };
 
@@ -85,28 +75,28 @@ extern "C" __global__ void __launch_bounds__(2 * HELPERS, MIN_BLOCKS) scan_narro
   at.channel = at.group * width + inside;
   at.count = width - inside < BLOCK_CHANNELS ? (int)(width - inside) : BLOCK_CHANNELS;
 
-  const int warp = threadIdx.x / 32;
-  if (warp < WARPS) {
+  begin_walked(shared);
+  if (threadIdx.x < HELPERS) {
     walk(shared, at, A, (const Number*)B, (const Number*)C, initial_state, final_state, saved, seqlen, d_inner, d_state);
     return;
   }
 
-  // Lanes go over the WARPS groups of SLOTS channels of a step, then over steps.
-  const int me = threadIdx.x - HELPERS, part = me % WARPS, first_step = me / WARPS;
-  const int left_channels = at.count - part * SLOTS, count = left_channels < 0 ? 0 : left_channels < SLOTS ? left_channels : SLOTS;
-  const int64 channel = at.channel + part * SLOTS;
-  float bias[SLOTS], skip[SLOTS];
+  // Lanes go over the PARTS of a step, then over steps. A part is the channels of HELPED / SLOTS walkers.
+  const int me = threadIdx.x - HELPERS, part = me % PARTS, step = me / PARTS;
+  const int left_channels = at.count - part * HELPED, count = left_channels < 0 ? 0 : left_channels < HELPED ? left_channels : HELPED;
+  const int64 channel = at.channel + part * HELPED;
+  float bias[HELPED], skip[HELPED];
 #pragma unroll
-  for (int j = 0; j < SLOTS; j++) {
+  for (int j = 0; j < HELPED; j++) {
     bias[j] = j < count && dt_bias ? dt_bias[channel + j] : 0.0f;
     skip[j] = j < count && D ? D[channel + j] : 0.0f;
   }
-  SlotRows x_rows(x + at.batch * x_batch + channel, x_time, first_step, count);
-  SlotRows dt_rows(dt + at.batch * dt_batch + channel, dt_time, first_step, count);
-  SlotRows z_rows(z + at.batch * z_batch + channel, z_time, first_step, count);
+  EightRows x_rows(x + at.batch * x_batch + channel, x_time, step, count);
+  EightRows dt_rows(dt + at.batch * dt_batch + channel, dt_time, step, count);
+  EightRows z_rows(z + at.batch * z_batch + channel, z_time, step, count);
   WeightRows<B_LANES> B_rows((const IO*)B + at.batch * B_batch + at.group * B_groups / groups * B_group, B_time, me, d_state);
   WeightRows<C_LANES> C_rows((const IO*)C + at.batch * C_batch + at.group * C_groups / groups * C_group, C_time, me, d_state);
-  Rows<IO, ROUNDS> y_rows(y + (at.batch * seqlen + first_step) * d_inner + channel, d_inner, 32);
+  y += (at.batch * seqlen + step) * d_inner + channel;
   if (HAS_RESTART) restart += at.batch * seqlen + me;
 
   // Steps of a tile that exist.
@@ -120,57 +110,55 @@ extern "C" __global__ void __launch_bounds__(2 * HELPERS, MIN_BLOCKS) scan_narro
   auto copy_inputs = [&](int tile) {
     const int left = steps_of(tile), to = tile % INPUT_TILES;
     if (left > 0) {
-      x_rows.copy_tile(shared.x[to], me, left);
-      dt_rows.copy_tile(shared.dt[to], me, left);
-      if (HAS_Z) z_rows.copy_tile(shared.z[to], me, left);
+      x_rows.copy_tile(shared.x[to][me], left);
+      dt_rows.copy_tile(shared.dt[to][me], left);
+      if (HAS_Z) z_rows.copy_tile(shared.z[to][me], left);
       if (B_VARIES) B_rows.copy_tile(&shared.B[to * TILE], left);
       if (C_VARIES) C_rows.copy_tile(&shared.C[to * TILE], left);
     }
     commit_copies();
   };
+  Steps* const steps = &shared.steps[part * (HELPED / SLOTS)];
+  const Sums* const sums = &shared.y[part * (HELPED / SLOTS)];
   auto prepare = [&](int tile) {
-    const int left = steps_of(tile), from = tile % INPUT_TILES, to = tile % 2 * TILE;
+    const int from = tile % INPUT_TILES, to = tile % 2 * TILE;
+    const bool exists = step < steps_of(tile);
+    const Eight x_now = shared.x[from][me], dt_now = shared.dt[from][me];
 #pragma unroll
-    for (int r = 0; r < ROUNDS; r++) {
-      const int step = first_step + 32 * r;
-      const Slots x_now = shared.x[from][r][me], dt_now = shared.dt[from][r][me];
-#pragma unroll
-      for (int j = 0; j < SLOTS; j++) {
-        Step prepared;
-        prepared.dt[0] = time_step(dt_now.value(j) + bias[j], step < left);
-        prepared.dx[0] = prepared.dt[0] * x_now.value(j);
-        shared.steps[part].of[j][to + step] = prepared;
-      }
+    for (int j = 0; j < HELPED; j++) {
+      Step prepared;
+      prepared.dt[0] = time_step(dt_now.value(j) + bias[j], exists);
+      prepared.dx[0] = prepared.dt[0] * x_now.value(j);
+      steps[j / SLOTS].of[j % SLOTS][to + step] = prepared;
     }
     if (HAS_RESTART && me < TILE) shared.restarts[to + me] = restarts ? 0.0f : 1.0f;
     restarts = restart_of(tile + 1);
   };
   auto finish = [&](int tile) {
-    const int left = steps_of(tile), from = tile % INPUT_TILES, at = tile % 2 * TILE;
+    const int from = tile % INPUT_TILES, here = tile * TILE % Y_RING + step;
+    const Eight x_now = shared.x[from][me], z_now = HAS_Z ? shared.z[from][me] : Eight();
+    float out[HELPED];
 #pragma unroll
-    for (int r = 0; r < ROUNDS; r++) {
-      const int step = first_step + 32 * r;
-      const Slots x_now = shared.x[from][r][me], z_now = HAS_Z ? shared.z[from][r][me] : Slots();
-      float out[SLOTS];
-#pragma unroll
-      for (int j = 0; j < SLOTS; j++) {
-        const float sum = shared.y[part].of[j][0][at + step] + shared.y[part].of[j][1][at + step];
-        out[j] = fmaf(LEFT_OUT, sum, skip[j] * x_now.value(j)) * gate(z_now.value(j));
-      }
-      write(y_rows.at[r], out, step < left ? count : 0);
+    for (int j = 0; j < HELPED; j++) {
+      const float(&halves)[2][Y_RING + 16] = sums[j / SLOTS].of[j % SLOTS];
+      out[j] = fmaf(LEFT_OUT, halves[0][here] + halves[1][here], skip[j] * x_now.value(j)) * gate(z_now.value(j));
     }
-    y_rows.next();
+    write(y, out, step < steps_of(tile) ? count : 0);
+    y += TILE * d_inner;
   };
 
+  // A tile is prepared as soon as its place is free, while the one before it is walked; what can wait comes after. `finish` of
+  // all helpers has ended when the tile after the next is ready, before its y can come where the first one was. One tile more
+  // than there are is announced, since walkers read ahead.
   const int tiles = (int)((seqlen + TILE - 1) / TILE);
   copy_inputs(0), copy_inputs(1);
 #pragma unroll 1
   for (int tile = 0; tile < tiles + 2; tile++) {
-    if (tile >= 2) wait(walked(tile - 2)), finish(tile - 2);
-    if (tile >= tiles) continue;
+    if (tile >= 2) await_walked(shared, tile - 2);
+    await_copies<1>();
+    if (tile < tiles) prepare(tile);
+    if (tile <= tiles) announce_ready(tile);
+    if (tile >= 2) finish(tile - 2);
     copy_inputs(tile + 2);
-    await_copies<2>();
-    prepare(tile);
-    arrive(ready(tile));
   }
 }

@@ -5,38 +5,68 @@
 
 constexpr int SEGMENT = SAVE_EVERY;    // steps whose y are summed at a time
 constexpr int QUAD = 4;                // steps whose B and C a lane reads as one word
-constexpr int ROUNDS = TILE / 32;      // accesses of a helper's lane to each tensor, a tile
 constexpr int PAIRS = PADDED / 2;
 constexpr int HELPERS = 32 * WARPS;    // lanes
+constexpr int HELPED = 8;              // channels of a helper's lane, of one step of a tile: 16 bytes
+constexpr int PARTS = BLOCK_CHANNELS / HELPED;
 constexpr int INPUT_TILES = 4;         // from the beginning of its copy until its y is finished
-constexpr int RING = 2 * TILE;         // steps of which dt, dt x and y are there
+constexpr int RING = 2 * TILE;         // steps of which dt and dt x are there
+constexpr int Y_RING = 4 * TILE;       // and y
 static_assert(STATES == 2 && SPREAD == 8 && CHANNELS == 1 && SEGMENT == 16, "lanes as operands of tensor cores");
-static_assert(TILE % 32 == 0 && TILE <= HELPERS, "a helper's lane has whole rounds, and at most one restart");
+static_assert(TILE * PARTS == HELPERS && PARTS == 2, "who has what of a tile, without bank conflicts");
 
 typedef Packed<2> Pair;
-typedef Packed<SLOTS> Slots;
+typedef Packed<HELPED> Eight;
 
-// Gaps let the lanes of a helper, in WARPS groups of channels, write and read without bank conflicts.
-struct alignas(16) Steps { Step of[SLOTS][RING]; float gap[12]; };
-struct alignas(16) Sums { float of[SLOTS][2][RING + 16]; float gap[12]; };
+// Gaps: without bank conflicts a walker's lanes read from four channels, and a helper's write and read steps of two walkers.
+struct alignas(16) Steps { Step of[SLOTS][RING + 2]; float gap[8]; };
+struct alignas(16) Sums { float of[SLOTS][2][Y_RING + 16]; float gap[8]; };
 struct Shared {
   Steps steps[WARPS];
   Sums y[WARPS];
   Pair B[INPUT_TILES * TILE][PAIRS], C[INPUT_TILES * TILE][PAIRS];
-  Slots x[INPUT_TILES][ROUNDS][HELPERS], dt[INPUT_TILES][ROUNDS][HELPERS], z[INPUT_TILES][ROUNDS][HELPERS];
+  Eight x[INPUT_TILES][HELPERS], dt[INPUT_TILES][HELPERS], z[INPUT_TILES][HELPERS];
   float restarts[RING];
+  uint64 walked[2];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "ops/cuda/scan_layout.py counts the same bytes");
 
-// Barriers between walkers and helpers, two of each kind in turn. Who arrives does not wait.
-FORCE_INLINE unsigned ready(unsigned tile) { return 1 + tile % 2; }
-FORCE_INLINE unsigned walked(unsigned tile) { return 3 + tile % 2; }
-FORCE_INLINE void arrive(unsigned barrier, bool really = true) {
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p bar.arrive %0, %2;}" ::"r"(barrier), "r"((unsigned)really), "n"(2 * HELPERS) : "memory");
+// Barriers between walkers and helpers, two of each kind in turn. Who announces does not wait.
+//
+// What is ready goes by barriers of the hardware, what is walked by barriers in shared memory, at which each lane arrives. Either
+// kind would do for both. This is the fastest; and to racecheck a bar.arrive that comes after a bar.sync of the same warp does
+// not order what the warp did in between, although it does (PTX ISA, "Memory Consistency Model").
+FORCE_INLINE void announce_ready(unsigned tile) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(1 + tile % 2), "n"(2 * HELPERS) : "memory");
 }
-FORCE_INLINE void wait(unsigned barrier, bool really = true) {
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p bar.sync %0, %2;}" ::"r"(barrier), "r"((unsigned)really), "n"(2 * HELPERS) : "memory");
+FORCE_INLINE void await_ready(unsigned tile) {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + tile % 2), "n"(2 * HELPERS) : "memory");
 }
+
+FORCE_INLINE unsigned walked(const Shared& shared, unsigned tile) {
+  return (unsigned)__cvta_generic_to_shared(&shared.walked[tile % 2]);
+}
+FORCE_INLINE void begin_walked(Shared& shared) {
+  if (threadIdx.x == 0)
+    for (int i = 0; i < 2; i++) asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(walked(shared, i)), "r"(32 * WARPS) : "memory");
+  __syncthreads();
+}
+FORCE_INLINE void announce_walked(Shared& shared, unsigned tile) {
+  asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(walked(shared, tile)) : "memory");
+}
+#if __CUDA_ARCH__ >= 900
+#define TEST "try_wait"  // sleeps meanwhile
+#else
+#define TEST "test_wait"
+#endif
+FORCE_INLINE void await_walked(const Shared& shared, unsigned tile) {
+  unsigned done;
+  do {
+    asm volatile("{.reg .pred p; mbarrier." TEST ".parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done) : "r"(walked(shared, tile)), "r"(tile / 2 % 2) : "memory");
+  } while (!done);
+}
+#undef TEST
 
 // What a block has of the arguments: its batch row, group and channels.
 struct Part {
@@ -180,45 +210,49 @@ FORCE_INLINE void walk(
   const LaneSums lane_sums;
   const Lane lane(shared, warp, g, t);
 
-  // One warp a scheduler has no other to fill its waits: a quad is read two quads ahead, and made ready one ahead.
-  wait(ready(0));
+  // One warp a scheduler has no other to fill its waits: a quad is read two quads ahead, and made ready one ahead. All quads of
+  // a tile are one piece of code, so that the compiler can fill waits of one with work of others.
+  await_ready(0);
   Source here(shared, lane, 0);
   Quad next;
   Ready ready_next;
   next.get(here, 0);
   ready_next.make(next, a, choice);
   next.get(here, QUAD);
-  const unsigned segments = (unsigned)((seqlen + SEGMENT - 1) / SEGMENT);
+  const unsigned tiles = (unsigned)((seqlen + TILE - 1) / TILE);
 #pragma unroll 1
-  for (unsigned segment = 0; segment < segments; segment++) {
-    const unsigned step = segment * SEGMENT, tile = step / TILE;  // modulo 2^32, which is a multiple of all rings
-    const bool ends_tile = (step + SEGMENT) % TILE == 0, ends = segment + 1 == segments;
-    wait(ready(tile + 1), ends_tile && !ends);
-    const Source then(shared, lane, step + SEGMENT);
-    if (saves) saved[0] = h[0], saved[2] = h[1];
-    saved += d_inner * PADDED;
-    float products[SEGMENT];
+  for (unsigned tile = 0; tile < tiles; tile++) {
+    const unsigned step = tile * TILE;  // modulo 2^32, which is a multiple of all rings
+    const int64 left = seqlen - (int64)tile * TILE;
+    const Source then(shared, lane, step + TILE);
 #pragma unroll
-    for (int q = 0; q < SEGMENT; q += QUAD) {
-      const Ready now = ready_next;
-      ready_next.make(next, a, choice);
-      const int ahead = q + 2 * QUAD;
-      next.get(ahead < SEGMENT ? here : then, ahead % SEGMENT);
+    for (int from = 0; from < TILE; from += SEGMENT) {
+      if (from + SEGMENT == TILE) await_ready(tile + 1);
+      if (saves && from < left) saved[0] = h[0], saved[2] = h[1];
+      saved += d_inner * PADDED;
+      float products[SEGMENT];
 #pragma unroll
-      for (int s = 0; s < QUAD; s++) {
-        float sum = 0.0f;
+      for (int q = 0; q < SEGMENT; q += QUAD) {
+        const Ready now = ready_next;
+        ready_next.make(next, a, choice);
+        const int ahead = from + q + 2 * QUAD;
+        next.get(ahead < TILE ? here : then, ahead % TILE);
 #pragma unroll
-        for (int k = 0; k < 2; k++) {
-          float factor = now.factor[s][k];
-          if (HAS_RESTART) factor *= shared.restarts[step % RING + q + s];
-          h[k] = fmaf(factor, h[k], now.dx[s] * (B_VARIES ? now.B[s][k] : B_fixed[k]));
-          sum = fmaf(C_VARIES ? now.C[s][k] : C_fixed[k], h[k], sum);
+        for (int s = 0; s < QUAD; s++) {
+          float sum = 0.0f;
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            float factor = now.factor[s][k];
+            if (HAS_RESTART) factor *= shared.restarts[step % RING + from + q + s];
+            h[k] = fmaf(factor, h[k], now.dx[s] * (B_VARIES ? now.B[s][k] : B_fixed[k]));
+            sum = fmaf(C_VARIES ? now.C[s][k] : C_fixed[k], h[k], sum);
+          }
+          products[q + s] = sum;
         }
-        products[q + s] = sum;
       }
+      *(float4*)(shared.y[0].of[0][0] + lane.y + step % Y_RING + from) = lane_sums.of(products);
     }
-    *(float4*)(shared.y[0].of[0][0] + lane.y + step % RING) = lane_sums.of(products);
-    arrive(walked(tile), ends_tile || ends);
+    announce_walked(shared, tile);
     here = then;
   }
 #pragma unroll
