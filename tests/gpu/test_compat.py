@@ -70,7 +70,7 @@ def test_padding_in_front_with_a_cuda_graph():
 
 @pytest.mark.parametrize("name", ["Mamba", "FalconMamba"])
 def test_layers_of_transformers(name):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5.21")
     config = getattr(transformers, f"{name}Config")(
         hidden_size=64, num_hidden_layers=2, vocab_size=96
     )
@@ -96,7 +96,7 @@ def test_layers_of_transformers(name):
 @pytest.mark.parametrize("name", ["Mamba", "FalconMamba"])
 def test_steps_of_transformers(name, dtype):
     """One token after another from a cache, against the whole sequence at once on the CPU."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5.21")
     config = getattr(transformers, f"{name}Config")(
         hidden_size=64, num_hidden_layers=2, vocab_size=96
     )
