@@ -5,6 +5,24 @@
 
 __device__ __forceinline__ unsigned address_of(const void* shared) { return (unsigned)__cvta_generic_to_shared(shared); }
 
+// The same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ unsigned address_in(const void* shared, unsigned rank) {
+  unsigned at;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(address_of(shared)), "r"(rank));
+  return at;
+}
+
+// How a tensor lies in memory, as the driver encodes it.
+struct alignas(64) TensorMap { char bytes[128]; };
+
+#ifdef SPINS
+#define SPINS_BEGIN int spins = 0;
+#define SPINS_CHECK if (++spins > SPINS) __trap();
+#else
+#define SPINS_BEGIN
+#define SPINS_CHECK
+#endif
+
 struct BlockBarrier {
   uint64 word;
 
@@ -29,12 +47,39 @@ struct BlockBarrier {
                  ::"r"(address_of(to)), "l"(from), "n"(BYTES), "r"(address_of(this)) : "memory");
   }
 
+  __device__ __forceinline__ void copy(char* to, const void* from, int bytes) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(address_of(to)), "l"(from), "r"(bytes), "r"(address_of(this)) : "memory");
+  }
+  // A box of a tensor in two dimensions, from this number of this row on.
+  __device__ __forceinline__ void copy_box(char* to, const TensorMap& map, int number, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(address_of(to)), "l"(&map), "r"(number), "r"(row), "r"(address_of(this)) : "memory");
+  }
+
+  // The barrier at the same place of another block of the cluster.
+  __device__ __forceinline__ void arrive_at(unsigned rank) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_in(this, rank)) : "memory");
+  }
+  // And what blocks of the cluster wrote before they arrived is there.
+  __device__ __forceinline__ void await_cluster(unsigned parity) const {
+    unsigned done;
+    SPINS_BEGIN
+    do {
+      asm volatile("{.reg .pred done; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2; selp.b32 %0, 1, 0, done;}"
+                   : "=r"(done) : "r"(address_of(this)), "r"(parity) : "memory");
+      SPINS_CHECK
+    } while (!done);
+  }
+
   // That a turn of this parity has ended.
   __device__ __forceinline__ void await(unsigned parity) const {
     unsigned done;
+    SPINS_BEGIN
     do {
       asm volatile("{.reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; selp.b32 %0, 1, 0, done;}"
                    : "=r"(done) : "r"(address_of(this)), "r"(parity) : "memory");
+      SPINS_CHECK
     } while (!done);
   }
 };

@@ -51,11 +51,23 @@ MULTIPLY_ADD(float16, "f16")
 #ifdef WARPGROUPS
 // sums (64 x N) += A (64 x 16) B (N x 16)^T, both in shared memory, with N twice the sums of a thread. It begins now, and ends
 // when its group is waited for. Warp w of the warpgroup has rows 16 w to 16 w + 15, as in `multiply_add`, eights of N in turn.
+template <class T> __device__ __forceinline__ void multiply_add_warpgroup(float (&sums)[4], uint64 a, uint64 b);
+template <class T> __device__ __forceinline__ void multiply_add_warpgroup(float (&sums)[8], uint64 a, uint64 b);
 template <class T> __device__ __forceinline__ void multiply_add_warpgroup(float (&sums)[16], uint64 a, uint64 b);
 template <class T> __device__ __forceinline__ void multiply_add_warpgroup(float (&sums)[32], uint64 a, uint64 b);
-#define EIGHT(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), \
-                 "+f"(sums[i + 4]), "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
+#define FOUR(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
+#define EIGHT(i) FOUR(i), FOUR(i + 4)
 #define MULTIPLY_ADD_WARPGROUP(T, NAME)                                                                                \
+  template <> __device__ __forceinline__ void multiply_add_warpgroup<T>(float (&sums)[4], uint64 a, uint64 b) {        \
+    asm volatile("{.reg .pred adds; setp.eq.u32 adds, 0, 0;"                                                           \
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32." NAME "." NAME                                                      \
+        " {%0, %1, %2, %3}, %4, %5, adds, 1, 1, 0, 0;}" : FOUR(0) : "l"(a), "l"(b));                                    \
+  }                                                                                                                    \
+  template <> __device__ __forceinline__ void multiply_add_warpgroup<T>(float (&sums)[8], uint64 a, uint64 b) {        \
+    asm volatile("{.reg .pred adds; setp.eq.u32 adds, 0, 0;"                                                           \
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32." NAME "." NAME                                                     \
+        " {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, adds, 1, 1, 0, 0;}" : EIGHT(0) : "l"(a), "l"(b));                   \
+  }                                                                                                                    \
   template <> __device__ __forceinline__ void multiply_add_warpgroup<T>(float (&sums)[16], uint64 a, uint64 b) {       \
     asm volatile("{.reg .pred adds; setp.eq.u32 adds, 0, 0;"                                                           \
         "wgmma.mma_async.sync.aligned.m64n32k16.f32." NAME "." NAME                                                     \
@@ -73,4 +85,5 @@ MULTIPLY_ADD_WARPGROUP(bfloat16, "bf16")
 MULTIPLY_ADD_WARPGROUP(float16, "f16")
 #undef MULTIPLY_ADD_WARPGROUP
 #undef EIGHT
+#undef FOUR
 #endif
