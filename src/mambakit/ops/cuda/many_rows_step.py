@@ -39,7 +39,7 @@ def plan(shape: Shape, batch: int) -> Layout | None:
     x_slots = 4 if tile <= 64 else 3
     used = (
         4 * sums + 2 * (rows + share) * (own + 8) + 2 * rows * (shape.rank + 8) + 4 * share * 2 * shape.states
-        + 4 * share * own + 4 * share * columns + 4 * tile + 4 * share + 24 + 16 * x_slots + 64
+        + 4 * share * own + 4 * share * columns + 8 * tile + 4 * share + 4 * own + 32 + 16 * x_slots + 64 + 112
     )
     slots = (SHARED - used - x_slots * tile * 128) // (own * 128 + 16)
     return Layout(min(slots, 32), x_slots)
@@ -105,6 +105,10 @@ def step(
         addresses.append(t.data_ptr())
     numbers = batch, vocab, *layers[0].conv_state.stride(), layers[0].ssm_state.stride(0)
     parameters = b"".join(maps) + struct.pack(f"{len(addresses) + len(numbers)}q{len(eps)}d", *addresses, *numbers, *eps)
+    if "PROFILE" in EXTRA:
+        global PROFILED
+        PROFILED = torch.zeros(128, 24, device=device)
+        parameters += struct.pack("q", PROFILED.data_ptr())
     parameters += bytes(-len(parameters) % 64)
     token = "int64" if tokens.dtype == torch.int64 else "int"
     constants = _constants(head.dtype, token, len(layers), shape, batch, layout)

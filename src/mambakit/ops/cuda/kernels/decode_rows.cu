@@ -18,6 +18,10 @@ constexpr int PAST = TAPS - 1;
 constexpr int STATE_ROWS = SLOT / (OWN * D_STATE * 4);
 static_assert(STATE_ROWS >= 1 && SPREAD == 4 && CHANNELS == 2 * WIDTH && OWN % 16 == 0 && RANK % 16 == 0);
 
+// Of in_proj, half of the channels at a time where there are many rows, or there would be no room.
+constexpr int ROUNDS = TILES, PART = OWN / ROUNDS, PITCH = PART + 8;
+static_assert(PART * (SHARE * PAST + TAPS + 1) * 2 <= SLOT);
+
 struct Layer {
   const IO *norm, *conv, *conv_bias, *x_proj, *dt_proj;
   const float *dt_bias, *A_log, *D;
@@ -39,10 +43,11 @@ struct Model {
   Counts* counts;                         // of streams and ys, of each cluster; of partials and steering, of each rank
   int64 batch, vocab, conv_batch, conv_channel, conv_tap, ssm_batch;
   double eps[LAYERS + 1];
+#ifdef PROFILE
+  float* profile;
+#endif
 };
 
-// Of in_proj, half of the channels at a time where there are many rows, or there would be no room.
-constexpr int ROUNDS = TILES, PART = OWN / ROUNDS, PITCH = PART + 8;
 constexpr int HALF_PITCH = COLUMNS + 8, SOURCES = TILES > 1 ? CLUSTER : 2 * CLUSTER;  // of out_proj: warpgroups
 constexpr int SUMS = SHARE * (CLUSTER * PITCH > SOURCES * HALF_PITCH ? CLUSTER * PITCH : SOURCES * HALF_PITCH);
 constexpr int TILE_ROWS = SHARE < 16 ? 16 : SHARE;
@@ -55,12 +60,20 @@ struct Shared {
   alignas(16) float bc[SHARE][2 * D_STATE];
   float dt[SHARE][OWN];
   float residual[SHARE][COLUMNS];
-  float scales[BATCH];                    // of the norm
+  float biases[OWN];                      // of dt
+  float scales[BATCH], factors[BATCH];    // of the norm, and by which sums are multiplied
   float prior[SHARE];                     // by which x has been multiplied
   RingBarriers<SLOTS> weights;
   RingBarriers<X_SLOTS> xs;
-  BlockBarrier received, freed, scaled;
+  BlockBarrier received, freed, scaled, projected;
+  float profile[24];
+  long long last;
 };
+#ifdef PROFILE
+#define MARK(i) if (threadIdx.x == 0) { const long long now = clock64(); shared.profile[i] += now - shared.last; shared.last = now; }
+#else
+#define MARK(i)
+#endif
 static_assert(SLOTS * SLOT + X_SLOTS * X_SLOT + sizeof(Shared) <= SHARED && SLOTS * SLOT + X_SLOTS * X_SLOT + 8192 <= SHARED);
 
 // The barrier of those that take.
@@ -114,8 +127,26 @@ __device__ __forceinline__ void send_weights(Sender<SLOTS, SLOT> ring, const Mod
       }
     };
     half(at.channel);
+    for (int from = 0; from < at.own; from += PART) {
+      const int count = min(PART, at.own - from), state = count * PAST * 2;
+      ring.send(at.rows * state + count * (TAPS + 1) * 2, [&](BlockBarrier& full, char* to) {
+#pragma unroll 1
+        for (int row = lane; row < at.rows; row += 32)
+          full.copy(to + row * state, layer.conv_state + (at.first + row) * model.conv_batch + (at.channel + from) * PAST, state);
+        to += at.rows * state;
+        if (lane == 0) full.copy(to, layer.conv + (at.channel + from) * TAPS, count * TAPS * 2);
+        if (lane == 1) full.copy(to + count * TAPS * 2, layer.conv_bias + at.channel + from, count * 2);
+      });
+    }
     few(layer.x_proj + at.channel, STEERING, OWN, at.own, CHANNELS);
     half(CHANNELS + at.channel);
+    ring.send(at.own * ((D_STATE + 2) * 4 + 1), [&](BlockBarrier& full, char* to) {
+      const IO* const norm = l + 1 < LAYERS ? model.layers[l + 1].norm : model.norm_f;
+      if (lane == 0) full.copy(to, layer.A_log + at.channel * D_STATE, at.own * D_STATE * 4);
+      if (lane == 1) full.copy(to + at.own * D_STATE * 4, layer.D + at.channel, at.own * 4);
+      if (lane == 2) full.copy(to + at.own * (D_STATE + 1) * 4, layer.dt_bias + at.channel, at.own * 4);
+      if (lane == 3) full.copy(to + at.own * (D_STATE + 2) * 4, norm + at.column(), at.own);
+    });
     few(layer.dt_proj + (int64)at.channel * RANK, at.own, RANK, RANK, RANK);
 #ifndef NO_STATES
 #pragma unroll 1
@@ -195,7 +226,10 @@ __device__ __forceinline__ void find_scales(Shared& shared, const Model& model, 
     for (int i = 0; i < 8; ++i) {
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) parts[i] += __shfl_xor_sync(~0u, parts[i], offset);
-      if (lane == 0 && start + i < rows) shared.scales[start + i] = 1.0f / sqrtf(parts[i] / WIDTH + (float)model.eps[l]);
+      if (lane > 0 || start + i >= rows) continue;
+      const float scale = 1.0f / sqrtf(parts[i] / WIDTH + (float)model.eps[l]);
+      shared.scales[start + i] = scale;
+      shared.factors[start + i] = scale / (l < LAYERS ? shared.prior[start + i] : read_fresh(model.priors + start + i));
     }
   }
   __syncwarp();
@@ -215,6 +249,10 @@ __device__ __forceinline__ void help(Shared& shared, const Model& model, const P
       else find_scales(shared, model, l, 0, at.batch);
     }
     if (l == LAYERS) break;
+    if (helper == 1) {
+      shared.projected.await(l & 1);
+      if (lane == 0) count_up(model.counts[1].count[at.rank]);
+    }
     await_count(model.counts[1].count[at.rank], CLUSTERS * (l + 1));
 #pragma unroll 1
     for (int i = begin + lane; i < end; i += 32) {
@@ -244,6 +282,9 @@ struct Block {
   Taker<X_SLOTS, X_SLOT> xs;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, group = warp / 4, tile = TILES > 1 ? group : 0;
   unsigned turn = 0;  // of exchanges of sums
+  static constexpr int TURNS = (OWN * SPREAD + THREADS - 1) / THREADS, COLUMN_TURNS = (COLUMNS + 31) / 32;
+  float rates[TURNS][LANE_STATES], skips[TURNS];  // of the scan
+  float norm[COLUMN_TURNS];                       // the weights of the next one
 
   __device__ __forceinline__ void arrive_everywhere(BlockBarrier& barrier) {
     __syncwarp();
@@ -280,10 +321,19 @@ struct Block {
     WarpgroupSums<N> sums;
 #pragma unroll 1
     for (int i = 0; i < WIDTH / CLUSTER / BOX; ++i) {
-      const char *const w = weights.await_slot(), *const x = xs.await_slot();
+      MARK(0)
+      const char *const w = weights.await_slot();
+      MARK(1)
+      const char *const x = xs.await_slot();
+      MARK(2 + (i == 0))
       sums.multiply(x + tile * 8192, w + column * 128);
+      if (i == 0) continue;
+      sums.template await<1>();
       weights.release(), xs.release();
     }
+    sums.template await<0>();
+    weights.release(), xs.release();
+    MARK(0)
     hand_out<0, N / ROUNDS>(sums, at.rank, PITCH, column);
     do_for(0);
     if constexpr (ROUNDS > 1) {
@@ -295,49 +345,50 @@ struct Block {
     float sum = 0.0f;
 #pragma unroll
     for (int block = 0; block < CLUSTER; ++block) sum += shared.sums[(block * SHARE + r) * PITCH + c];
-    return sum * (shared.scales[r] / shared.prior[r]);
+    return sum * shared.factors[r];
   }
 
   __device__ __forceinline__ void in_proj_and_convolution(const Layer& layer, int l) {
-    constexpr int TOGETHER = THREADS / PART, AT_ONCE = 8;
+    constexpr int TOGETHER = THREADS / PART;
     const int c = threadIdx.x % PART, r0 = threadIdx.x / PART;
     half_of_in_proj([&](int from) {
-      const bool works = r0 < TOGETHER && from + c < at.own;
-      const int64 channel = at.channel + (works ? from + c : 0);
-      IO filters[TAPS];
+      MARK(4)
+      const int count = min(PART, at.own - from), state = count * PAST;
+      IO* const states = reinterpret_cast<IO*>(weights.await_slot());
+      if (from == 0) shared.scaled.await(l & 1);
+      await_sums();
+      MARK(5)
+      if (r0 < TOGETHER && c < count) {
+        const IO* const filters = states + at.rows * state + c * TAPS;
+        float filter[TAPS];
 #pragma unroll
-      for (int w = 0; w < TAPS; ++w) filters[w] = layer.conv[channel * TAPS + w];
-      const float offset = to_float(layer.conv_bias[channel]);
-      IO* const state = layer.conv_state + at.first * model.conv_batch + channel * model.conv_channel;
-      bool waits = true;
-#pragma unroll 1
-      for (int start = r0; start < max(at.rows, 1); start += AT_ONCE * TOGETHER) {
-        IO inputs[AT_ONCE][PAST + 1];
-        const auto exists = [&](int i) { return works && start + i * TOGETHER < at.rows; };
+        for (int w = 0; w < TAPS; ++w) filter[w] = to_float(filters[w]);
+        const float offset = to_float(states[at.rows * state + count * TAPS + c]);
+#pragma unroll 4
+        for (int r = r0; r < at.rows; r += TOGETHER) {
+          IO* const past = states + r * state + c * PAST;
+          IO inputs[PAST + 1];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i)
-          if (exists(i))
-#pragma unroll
-            for (int w = 0; w < PAST; ++w) inputs[i][w] = state[(start + i * TOGETHER) * model.conv_batch + w * model.conv_tap];
-        if (waits) shared.scaled.await(l & 1), await_sums();
-        waits = false;
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-          if (!exists(i)) continue;
-          const int r = start + i * TOGETHER;
-          inputs[i][PAST] = from_float<IO>(sum_at(r, c));
+          for (int w = 0; w < PAST; ++w) inputs[w] = past[w];
+          inputs[PAST] = from_float<IO>(sum_at(r, c));
           float sum = offset;
 #pragma unroll
-          for (int w = 0; w < TAPS; ++w) sum = fmaf(to_float(filters[w]), to_float(inputs[i][w]), sum);
+          for (int w = 0; w < TAPS; ++w) sum = fmaf(filter[w], to_float(inputs[w]), sum);
 #pragma unroll
-          for (int w = 0; w < PAST; ++w) state[r * model.conv_batch + w * model.conv_tap] = inputs[i][w + 1];
+          for (int w = 0; w < PAST; ++w) past[w] = inputs[w + 1];
           shared.x[r][from + c] = from_float<IO>(sum * sigmoid_of(sum));
         }
       }
-      if (waits) shared.scaled.await(l & 1), await_sums();
       free_sums();
+      fence_for_copies();
+      meet();
+      const int row = warp + lane * WARPS;
+      if (row < at.rows)
+        copy_back(layer.conv_state + (at.first + row) * model.conv_batch + (at.channel + from) * PAST, states + row * state, state * 2);
+      await_reading();
+      weights.release();
     });
-    meet();
+    MARK(6)
   }
 
   // Rows of a matrix that were sent whole, by rows of A in shared memory; end(row of A, row of the matrix, two sums).
@@ -369,21 +420,45 @@ struct Block {
     few<OWN>(&shared.x[0][0], STEERING, at.own, [&](int r, int row, float first, float second) {
       if (r < at.rows) *reinterpret_cast<float2*>(to + r * STEERING + row) = float2{first, second};
     });
-    meet();
-    if (threadIdx.x == 0) count_up(model.counts[1].count[at.rank]);
+    __syncwarp();
+    if (lane == 0) shared.projected.arrive();
+    MARK(8)
   }
 
   __device__ __forceinline__ void z() {
     half_of_in_proj([&](int from) {
+      MARK(4)
       await_sums();
+      MARK(5)
       for (int i = threadIdx.x; i < at.rows * PART; i += THREADS)
         shared.z[i / PART][from + i % PART] = from_float<IO>(sum_at(i / PART, i % PART));
       free_sums();
     });
+    MARK(9)
+  }
+
+  // A slot of small things that are needed from now on.
+  __device__ __forceinline__ void receive_parameters() {
+    const float* const log_rates = reinterpret_cast<const float*>(weights.await_slot());
+    const float* const others = log_rates + at.own * D_STATE;
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) {
+      const int place = min(i * THREADS + (int)threadIdx.x, at.own * SPREAD - 1);
+      const Vector<float, LANE_STATES> read = ::read<LANE_STATES>(log_rates + place * LANE_STATES);
+#pragma unroll
+      for (int s = 0; s < LANE_STATES; ++s) rates[i][s] = -expf(read.items[s]) * LOG2_E;
+      skips[i] = others[place / SPREAD];
+    }
+    if (threadIdx.x < at.own) shared.biases[threadIdx.x] = others[at.own + threadIdx.x];
+#pragma unroll
+    for (int i = 0; i < COLUMN_TURNS; ++i)
+      norm[i] = to_float(reinterpret_cast<const IO*>(others + 2 * at.own)[min(lane + 32 * i, at.columns() - 1)]);
+    weights.release();
   }
 
   __device__ __forceinline__ void receive_steering(int l) {
     await_count(model.counts[2].count[at.rank], 2 * CLUSTERS * (l + 1));
+    MARK(10)
     constexpr int EACH = STEERING / 8;
     for (int i = threadIdx.x; i < at.rows * EACH; i += THREADS) {
       const int r = i / EACH, s = i % EACH * 8;
@@ -399,29 +474,23 @@ struct Block {
     meet();
   }
 
-  __device__ __forceinline__ void dt_proj(const Layer& layer) {
+  __device__ __forceinline__ void dt_proj() {
+    MARK(11)
     few<RANK>(&shared.low[0][0], at.own, RANK, [&](int r, int c, float first, float second) {
       if (r >= at.rows) return;
-      shared.dt[r][c] = softplus(first + layer.dt_bias[at.channel + c]);
-      shared.dt[r][c + 1] = softplus(second + layer.dt_bias[at.channel + c + 1]);
+      shared.dt[r][c] = softplus(first + shared.biases[c]);
+      shared.dt[r][c + 1] = softplus(second + shared.biases[c + 1]);
     });
     meet();
   }
 
   __device__ __forceinline__ void scan(const Layer& layer) {
-    constexpr int TURNS = (OWN * SPREAD + THREADS - 1) / THREADS;
-    float rates[TURNS][LANE_STATES], skips[TURNS];
-#pragma unroll
-    for (int i = 0; i < TURNS; ++i) {
-      const int place = min(i * THREADS + (int)threadIdx.x, at.own * SPREAD - 1);
-      const Vector<float, LANE_STATES> log_rates = ::read<LANE_STATES>(layer.A_log + (int64)at.channel * D_STATE + place * LANE_STATES);
-#pragma unroll
-      for (int s = 0; s < LANE_STATES; ++s) rates[i][s] = -expf(log_rates.items[s]) * LOG2_E;
-      skips[i] = layer.D[at.channel + place / SPREAD];
-    }
+    MARK(12)
 #ifndef NO_STATES
     for (int slot = 0; slot < at.state_slots(); ++slot) {
+      MARK(13)
       const char* const states = weights.await_slot();
+      MARK(14)
 #pragma unroll
       for (int j = 0; j < STATE_ROWS; ++j) {
         const int r = slot * STATE_ROWS + j;
@@ -453,6 +522,7 @@ struct Block {
     }
 #endif
     meet();
+    MARK(13)
     for (int i = threadIdx.x; i < at.rows * (OWN / 8); i += THREADS) {
       const int r = i / (OWN / 8), c = i % (OWN / 8) * 8;
       if (c >= at.own) continue;
@@ -460,20 +530,23 @@ struct Block {
     }
     meet();
     if (threadIdx.x == 0) count_up(model.counts[3].count[at.cluster]);
+    MARK(15)
   }
 
   // A warp has whole rows of what this block has of the stream: value(r, m).
-  template <class Value> __device__ __forceinline__ void write_stream(const IO* norm, Value value) {
+  template <class Value> __device__ __forceinline__ void write_stream(Value value) {
     for (int r = warp; r < at.rows; r += WARPS) {
       const int b = at.first + r;
       float squares = 0.0f;
       const float prior = shared.prior[r];
 #pragma unroll
-      for (int m = lane; m < at.columns(); m += 32) {
+      for (int i = 0; i < COLUMN_TURNS; ++i) {
+        const int m = lane + 32 * i;
+        if (m >= at.columns()) break;
         const float sum = value(r, m);
         shared.residual[r][m] = sum;
         squares = fmaf(sum, sum, squares);
-        model.x_memory[(int64)b * WIDTH + at.column() + m] = from_float<IO>(sum * prior * to_float(norm[at.column() + m]));
+        model.x_memory[(int64)b * WIDTH + at.column() + m] = from_float<IO>(sum * prior * norm[i]);
       }
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
@@ -489,32 +562,44 @@ struct Block {
   __device__ __forceinline__ void embed() {
     if (threadIdx.x < at.rows) shared.prior[threadIdx.x] = 1.0f;
     meet();
-    write_stream(model.layers[0].norm, [&](int r, int m) {
+#pragma unroll
+    for (int i = 0; i < COLUMN_TURNS; ++i) norm[i] = to_float(model.layers[0].norm[at.column() + min(lane + 32 * i, at.columns() - 1)]);
+    write_stream([&](int r, int m) {
       const int64 token = model.tokens[at.first + r];
       if (token < 0 || token >= model.vocab) __trap();  // as PyTorch's own lookup does
       return to_float(model.embedding[token * WIDTH + at.column() + m]);
     });
   }
 
-  __device__ __forceinline__ void out_proj(const IO* next_norm) {
+  __device__ __forceinline__ void out_proj() {
     WarpgroupSums<COLUMNS> sums[TILES];
     for (int i = 0; i < CHANNELS / CLUSTER / (2 * BOX); ++i) {
+      MARK(16)
       const char* const w = weights.await_slot();
+      MARK(17)
 #pragma unroll
       for (int box = 0; box < 2; ++box) {
+        MARK(16)
         const char* const x = xs.await_slot();
-        if (TILES > 1) sums[box % TILES].multiply(x + tile * 8192, w + box * (SLOT / 2));
-        else if (group == box) sums[0].multiply(x, w + box * (SLOT / 2));
+        MARK(18 + (i == 0))
+        WarpgroupSums<COLUMNS>& own = sums[box % TILES];
+        if (TILES > 1 || group == box) {
+          own.multiply(x + tile * 8192, w + box * (SLOT / 2));
+          own.template await<0>();
+        }
         xs.release();
       }
       weights.release();
     }
+    MARK(16)
     if (TILES > 1) sums[0].add(sums[TILES - 1]);
     hand_out<0, COLUMNS>(sums[0], TILES > 1 ? at.rank : 2 * at.rank + group, HALF_PITCH, 0);
     if (threadIdx.x < at.rows) shared.prior[threadIdx.x] = shared.scales[threadIdx.x];
     meet();
+    MARK(20)
     await_sums();
-    write_stream(next_norm, [&](int r, int m) {
+    MARK(21)
+    write_stream([&](int r, int m) {
       float sum = shared.residual[r][m];
       const float* const from = &shared.sums[r * HALF_PITCH + m];
 #pragma unroll
@@ -526,6 +611,7 @@ struct Block {
       return sum;
     });
     free_sums();
+    MARK(22)
   }
 
   __device__ __forceinline__ void head() {
@@ -537,15 +623,19 @@ struct Block {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       rows[half] = tile * 64 + warp % 4 * 16 + lane / 4 + 8 * half;
-      if (rows[half] < at.batch) scales[half] = shared.scales[rows[half]] / read_fresh(model.priors + rows[half]);
+      if (rows[half] < at.batch) scales[half] = shared.factors[rows[half]];
     }
     for (int first = 0; first < at.head_count; first += OWN) {
       WarpgroupSums<N> sums;
       for (int i = 0; i < WIDTH / BOX; ++i) {
         const char *const w = weights.await_slot(), *const x = xs.await_slot();
         sums.multiply(x + tile * 8192, w + column * 128);
+        if (i == 0) continue;
+        sums.template await<1>();
         weights.release(), xs.release();
       }
+      sums.template await<0>();
+      weights.release(), xs.release();
       const int count = (int)min((int64)min(OWN, at.head_count - first), model.vocab - at.head_first - first);
       sums.each([&](int half, int more, float one, float two) {
         const int row = column + more + lane % 4 * 2;
@@ -564,7 +654,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   Shared& shared = *reinterpret_cast<Shared*>(x_memory + X_SLOTS * X_SLOT);
   if (threadIdx.x == 0) {
     shared.weights.make(WARPS), shared.xs.make(WARPS);
-    shared.received.make(CLUSTER * WARPS), shared.freed.make(CLUSTER * WARPS), shared.scaled.make(1);
+    shared.received.make(CLUSTER * WARPS), shared.freed.make(CLUSTER * WARPS), shared.scaled.make(1), shared.projected.make(WARPS);
     BlockBarrier::publish();
   }
   __syncthreads();
@@ -579,6 +669,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     Block block{model, shared, at, {memory, shared.weights}, {x_memory, shared.xs}};
+#ifdef PROFILE
+    if (threadIdx.x == 0) { for (int i = 0; i < 24; ++i) shared.profile[i] = 0; shared.last = clock64(); }
+#endif
     block.embed();
   #pragma unroll 1
   for (int l = 0; l < LAYERS; ++l) {
@@ -586,12 +679,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       block.in_proj_and_convolution(layer, l);
       block.x_proj();
       block.z();
+      block.receive_parameters();
       block.receive_steering(l);
-      block.dt_proj(layer);
+      block.dt_proj();
       block.scan(layer);
-      block.out_proj(l + 1 < LAYERS ? model.layers[l + 1].norm : model.norm_f);
+      block.out_proj();
     }
     block.head();
+    MARK(23)
+#ifdef PROFILE
+    if (threadIdx.x == 0) for (int i = 0; i < 24; ++i) model.profile[blockIdx.x * 24 + i] = shared.profile[i];
+#endif
   }
   __syncwarp();
   cluster_arrive(), cluster_wait();  // no block leaves while others write to it

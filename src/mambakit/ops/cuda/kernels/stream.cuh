@@ -51,19 +51,22 @@ template <int COUNT, int BYTES> struct Sender : Ring<COUNT, BYTES> {
   }
 };
 
-// Every warp of those that take, each by itself.
+// Every warp of those that take, each by itself. It may have several slots, and releases the oldest.
 template <int COUNT, int BYTES> struct Taker : Ring<COUNT, BYTES> {
   using Ring<COUNT, BYTES>::Ring;
+  int oldest = 0;
 
-  __device__ __forceinline__ const char* await_slot() const {
+  __device__ __forceinline__ char* await_slot() {
     this->barriers.full[this->slot].await(this->turn);
-    return this->memory + this->slot * BYTES;
+    char* const memory = this->memory + this->slot * BYTES;
+    this->advance();
+    return memory;
   }
 
   __device__ __forceinline__ void release() {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) this->barriers.empty[this->slot].arrive();
-    this->advance();
+    if (threadIdx.x % 32 == 0) this->barriers.empty[oldest].arrive();
+    if (++oldest == COUNT) oldest = 0;
   }
 };
 
@@ -100,4 +103,12 @@ __device__ __forceinline__ uint4 read_fresh(const uint4* from) {
   uint4 x;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from) : "memory");
   return x;
+}
+
+// From shared memory, which may be written again after `await_reading`. By a thread, after a fence of those that wrote.
+__device__ __forceinline__ void copy_back(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(address_of(from)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void await_reading() {
+  asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;" ::: "memory");
 }

@@ -9,7 +9,7 @@ __device__ __forceinline__ uint64 described(const char* rows) {
 }
 
 template <int N> struct WarpgroupPieces {
-  static constexpr int PIECE = N >= 64 ? 64 : N >= 32 ? 32 : N >= 16 ? 16 : 8;
+  static constexpr int PIECE = N <= 88 ? N : (N / 2 + 7) / 8 * 8;
   float sums[PIECE / 2] = {};
   WarpgroupPieces<N - PIECE> rest;
 
@@ -45,7 +45,7 @@ template <> struct WarpgroupPieces<0> {
 template <int N> struct WarpgroupSums {
   WarpgroupPieces<N> pieces;
 
-  // 64 numbers along k.
+  // 64 numbers along k; until `await` nobody may write to the factors.
   __device__ __forceinline__ void multiply(const char* x, const char* w) {
     const uint64 x_at = described(x), w_at = described(w);
     pieces.pin();
@@ -53,7 +53,10 @@ template <int N> struct WarpgroupSums {
 #pragma unroll
     for (int k = 0; k < 4; ++k) pieces.add(x_at + 2 * k, w_at + 2 * k);  // 16 numbers; addresses are in units of 16 bytes
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  }
+  // All products but for the last `PENDING`.
+  template <int PENDING> __device__ __forceinline__ void await() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
     pieces.pin();
   }
   __device__ __forceinline__ void add(const WarpgroupSums& other) { pieces.add(other.pieces); }
