@@ -39,7 +39,7 @@ def plan(shape: Shape, batch: int) -> Layout | None:
     x_slots = 4 if tile <= 64 else 3
     used = (
         4 * sums + 2 * (rows + share) * (own + 8) + 2 * rows * (shape.rank + 8) + 4 * share * 2 * shape.states
-        + 4 * share * own + 4 * share * columns + 8 * tile + 4 * share + 4 * own + 32 + 16 * x_slots + 64 + 112
+        + 2 * share * own + 4 * share * columns + 8 * tile + 4 * share + 4 * own + 32 + 16 * x_slots + 256
     )
     slots = (SHARED - used - x_slots * tile * 128) // (own * 128 + 16)
     return Layout(min(slots, 32), x_slots)

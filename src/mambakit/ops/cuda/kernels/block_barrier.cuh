@@ -57,21 +57,10 @@ struct BlockBarrier {
                  ::"r"(address_of(to)), "l"(&map), "r"(number), "r"(row), "r"(address_of(this)) : "memory");
   }
 
-  // The barrier at the same place of another block of the cluster.
+  // The barrier at the same place of another block of the cluster; what this thread wrote there may come later.
   __device__ __forceinline__ void arrive_at(unsigned rank) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_in(this, rank)) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(this, rank)) : "memory");
   }
-  // And what blocks of the cluster wrote before they arrived is there.
-  __device__ __forceinline__ void await_cluster(unsigned parity) const {
-    unsigned done;
-    SPINS_BEGIN
-    do {
-      asm volatile("{.reg .pred done; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2; selp.b32 %0, 1, 0, done;}"
-                   : "=r"(done) : "r"(address_of(this)), "r"(parity) : "memory");
-      SPINS_CHECK
-    } while (!done);
-  }
-
   // That a turn of this parity has ended.
   __device__ __forceinline__ void await(unsigned parity) const {
     unsigned done;
@@ -83,3 +72,9 @@ struct BlockBarrier {
     } while (!done);
   }
 };
+
+// Two numbers to the shared memory of a block of the cluster, of which a barrier there hears as of a copy.
+__device__ __forceinline__ void write_async(unsigned to, float first, float second, unsigned barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+               ::"r"(to), "f"(first), "f"(second), "r"(barrier) : "memory");
+}

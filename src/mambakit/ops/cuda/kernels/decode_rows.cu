@@ -58,7 +58,7 @@ struct Shared {
   alignas(16) IO z[SHARE][OWN + 8];       // and then y
   alignas(16) IO low[TILE_ROWS][RANK + 8];
   alignas(16) float bc[SHARE][2 * D_STATE];
-  float dt[SHARE][OWN];
+  IO dt[SHARE][OWN];
   float residual[SHARE][COLUMNS];
   float biases[OWN];                      // of dt
   float scales[BATCH], factors[BATCH];    // of the norm, and by which sums are multiplied
@@ -293,22 +293,25 @@ struct Block {
 
   // To the blocks that end these rows of the batch.
   template <int FROM, int TO, int N> __device__ __forceinline__ void hand_out(const WarpgroupSums<N>& sums, int source, int pitch, int column) {
-    shared.freed.await_cluster(turn ^ 1);
-    unsigned to[2];
+    shared.freed.await(turn ^ 1);
+    unsigned to[2], heard[2];
     bool exists[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = tile * 64 + warp % 4 * 16 + lane / 4 + 8 * half, block = row / at.share;
       exists[half] = row < at.batch;
       to[half] = address_in(&shared.sums[(source * SHARE + row - block * at.share) * pitch + column + lane % 4 * 2], exists[half] ? block : 0);
+      heard[half] = address_in(&shared.received, exists[half] ? block : 0);
     }
     sums.each([&](int half, int column, float first, float second) {
-      if (exists[half] && column >= FROM && column < TO)
-        asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to[half] + (column - FROM) * 4), "f"(first), "f"(second) : "memory");
+      if (exists[half] && column >= FROM && column < TO) write_async(to[half] + (column - FROM) * 4, first, second, heard[half]);
     });
-    arrive_everywhere(shared.received);
   }
-  __device__ __forceinline__ void await_sums() { shared.received.await_cluster(turn); }
+  // Of each block of the cluster so many bytes.
+  __device__ __forceinline__ void await_sums(int bytes) {
+    if (threadIdx.x == 0) shared.received.arrive_for(CLUSTER * bytes);
+    shared.received.await(turn);
+  }
   __device__ __forceinline__ void free_sums() {
     arrive_everywhere(shared.freed);
     turn ^= 1;
@@ -341,51 +344,59 @@ struct Block {
       do_for(PART);
     }
   }
-  __device__ __forceinline__ float sum_at(int r, int c) const {
-    float sum = 0.0f;
+  // Of two neighbouring channels.
+  __device__ __forceinline__ Vector<float, 2> sums_at(int r, int c) const {
+    const auto part = [&](int block) { return *reinterpret_cast<const float2*>(&shared.sums[(block * SHARE + r) * PITCH + c]); };
+    float2 sum = part(0);
 #pragma unroll
-    for (int block = 0; block < CLUSTER; ++block) sum += shared.sums[(block * SHARE + r) * PITCH + c];
-    return sum * shared.factors[r];
+    for (int block = 1; block < CLUSTER; ++block) sum.x += part(block).x, sum.y += part(block).y;
+    return {sum.x * shared.factors[r], sum.y * shared.factors[r]};
   }
 
   __device__ __forceinline__ void in_proj_and_convolution(const Layer& layer, int l) {
-    constexpr int TOGETHER = THREADS / PART;
-    const int c = threadIdx.x % PART, r0 = threadIdx.x / PART;
+    constexpr int PAIRS = PART / 2, TOGETHER = THREADS / PAIRS;
+    const int c = threadIdx.x % PAIRS * 2, r0 = threadIdx.x / PAIRS;
     half_of_in_proj([&](int from) {
       MARK(4)
       const int count = min(PART, at.own - from), state = count * PAST;
       IO* const states = reinterpret_cast<IO*>(weights.await_slot());
       if (from == 0) shared.scaled.await(l & 1);
-      await_sums();
+      await_sums(at.rows * PART * 4);
       MARK(5)
       if (r0 < TOGETHER && c < count) {
-        const IO* const filters = states + at.rows * state + c * TAPS;
-        float filter[TAPS];
+        const IO* const taps = states + at.rows * state + c * TAPS;
+        const IO* const offsets = states + at.rows * state + count * TAPS + c;
+        float filters[2][TAPS];
 #pragma unroll
-        for (int w = 0; w < TAPS; ++w) filter[w] = to_float(filters[w]);
-        const float offset = to_float(states[at.rows * state + count * TAPS + c]);
-#pragma unroll 4
+        for (int w = 0; w < 2 * TAPS; ++w) filters[w / TAPS][w % TAPS] = to_float(taps[w]);
         for (int r = r0; r < at.rows; r += TOGETHER) {
           IO* const past = states + r * state + c * PAST;
-          IO inputs[PAST + 1];
+          const Vector<float, 2> sums = sums_at(r, c);
+          IO x[2], inputs[2][TAPS];
 #pragma unroll
-          for (int w = 0; w < PAST; ++w) inputs[w] = past[w];
-          inputs[PAST] = from_float<IO>(sum_at(r, c));
-          float sum = offset;
+          for (int i = 0; i < 2; ++i) {
 #pragma unroll
-          for (int w = 0; w < TAPS; ++w) sum = fmaf(filter[w], to_float(inputs[w]), sum);
+            for (int w = 0; w < PAST; ++w) inputs[i][w] = past[i * PAST + w];
+            inputs[i][PAST] = from_float<IO>(sums.items[i]);
+            float sum = to_float(offsets[i]);
 #pragma unroll
-          for (int w = 0; w < PAST; ++w) past[w] = inputs[w + 1];
-          shared.x[r][from + c] = from_float<IO>(sum * sigmoid_of(sum));
+            for (int w = 0; w < TAPS; ++w) sum = fmaf(filters[i][w], to_float(inputs[i][w]), sum);
+            x[i] = from_float<IO>(sum * sigmoid_of(sum));
+          }
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int w = 0; w < PAST; ++w) past[i * PAST + w] = inputs[i][w + 1];
+          *reinterpret_cast<unsigned*>(&shared.x[r][from + c]) = x[0].bits | (unsigned)x[1].bits << 16;
         }
       }
       free_sums();
-      fence_for_copies();
       meet();
-      const int row = warp + lane * WARPS;
-      if (row < at.rows)
-        copy_back(layer.conv_state + (at.first + row) * model.conv_batch + (at.channel + from) * PAST, states + row * state, state * 2);
-      await_reading();
+      const int pieces = state * (int)sizeof(IO) / 16;
+      for (int r = warp; r < at.rows; r += WARPS) {
+        uint4* const to = reinterpret_cast<uint4*>(layer.conv_state + (at.first + r) * model.conv_batch + (at.channel + from) * PAST);
+        for (int i = lane; i < pieces; i += 32) to[i] = reinterpret_cast<const uint4*>(states + r * state)[i];
+      }
       weights.release();
     });
     MARK(6)
@@ -405,7 +416,7 @@ struct Block {
           const char* const b = slot + (n + g) * LINE + t * 4;
           const auto word = [](const char* from) { return *reinterpret_cast<const unsigned*>(from); };
           float sums[4] = {};
-#pragma unroll 4
+#pragma unroll 5
           for (int k = 0; k < columns * 2; k += 32)
             multiply_add<IO>(sums, uint4{word(a + k), word(a + 8 * LINE + k), word(a + k + 16), word(a + 8 * LINE + k + 16)}, word(b + k), word(b + k + 16));
           end(m + g, first + n + 2 * t, sums[0], sums[1]);
@@ -428,10 +439,14 @@ struct Block {
   __device__ __forceinline__ void z() {
     half_of_in_proj([&](int from) {
       MARK(4)
-      await_sums();
+      await_sums(at.rows * PART * 4);
       MARK(5)
-      for (int i = threadIdx.x; i < at.rows * PART; i += THREADS)
-        shared.z[i / PART][from + i % PART] = from_float<IO>(sum_at(i / PART, i % PART));
+#pragma unroll 2
+      for (int i = threadIdx.x; i < at.rows * (PART / 2); i += THREADS) {
+        const int r = i / (PART / 2), c = i % (PART / 2) * 2;
+        const Vector<float, 2> sums = sums_at(r, c);
+        *reinterpret_cast<unsigned*>(&shared.z[r][from + c]) = pack<IO>(sums.items[0], sums.items[1]);
+      }
       free_sums();
     });
     MARK(9)
@@ -478,8 +493,8 @@ struct Block {
     MARK(11)
     few<RANK>(&shared.low[0][0], at.own, RANK, [&](int r, int c, float first, float second) {
       if (r >= at.rows) return;
-      shared.dt[r][c] = softplus(first + shared.biases[c]);
-      shared.dt[r][c + 1] = softplus(second + shared.biases[c + 1]);
+      shared.dt[r][c] = from_float<IO>(softplus(first + shared.biases[c]));
+      shared.dt[r][c + 1] = from_float<IO>(softplus(second + shared.biases[c + 1]));
     });
     meet();
   }
@@ -501,7 +516,7 @@ struct Block {
           const int place = i * THREADS + threadIdx.x, c = place / SPREAD, n = place % SPREAD * LANE_STATES;
           if (c >= at.own) continue;  // whole warps
           const Vector<float, LANE_STATES> before = ::read<LANE_STATES>(reinterpret_cast<const float*>(states) + j * (at.own * D_STATE) + place * LANE_STATES);
-          const float step = shared.dt[r][c], u = to_float(shared.x[r][c]);
+          const float step = to_float(shared.dt[r][c]), u = to_float(shared.x[r][c]);
           const Vector<float, LANE_STATES> B = ::read<LANE_STATES>(&shared.bc[r][n]), C = ::read<LANE_STATES>(&shared.bc[r][D_STATE + n]);
           float h[LANE_STATES], sum = 0.0f;
 #pragma unroll
@@ -597,7 +612,7 @@ struct Block {
     if (threadIdx.x < at.rows) shared.prior[threadIdx.x] = shared.scales[threadIdx.x];
     meet();
     MARK(20)
-    await_sums();
+    await_sums(at.rows * COLUMNS * 4 * (SOURCES / CLUSTER));
     MARK(21)
     write_stream([&](int r, int m) {
       float sum = shared.residual[r][m];
@@ -654,7 +669,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   Shared& shared = *reinterpret_cast<Shared*>(x_memory + X_SLOTS * X_SLOT);
   if (threadIdx.x == 0) {
     shared.weights.make(WARPS), shared.xs.make(WARPS);
-    shared.received.make(CLUSTER * WARPS), shared.freed.make(CLUSTER * WARPS), shared.scaled.make(1), shared.projected.make(WARPS);
+    shared.received.make(1), shared.freed.make(CLUSTER * WARPS), shared.scaled.make(1), shared.projected.make(WARPS);
     BlockBarrier::publish();
   }
   __syncthreads();
