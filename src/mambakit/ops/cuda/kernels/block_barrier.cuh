@@ -15,14 +15,6 @@ __device__ __forceinline__ unsigned address_in(const void* shared, unsigned rank
 // How a tensor lies in memory, as the driver encodes it.
 struct alignas(64) TensorMap { char bytes[128]; };
 
-#ifdef SPINS
-#define SPINS_BEGIN int spins = 0;
-#define SPINS_CHECK if (++spins > SPINS) __trap();
-#else
-#define SPINS_BEGIN
-#define SPINS_CHECK
-#endif
-
 struct BlockBarrier {
   uint64 word;
 
@@ -64,17 +56,19 @@ struct BlockBarrier {
   // That a turn of this parity has ended.
   __device__ __forceinline__ void await(unsigned parity) const {
     unsigned done;
-    SPINS_BEGIN
     do {
       asm volatile("{.reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; selp.b32 %0, 1, 0, done;}"
                    : "=r"(done) : "r"(address_of(this)), "r"(parity) : "memory");
-      SPINS_CHECK
     } while (!done);
   }
 };
 
-// Two numbers to the shared memory of a block of the cluster, of which a barrier there hears as of a copy.
+// Numbers to the shared memory of a block of the cluster, of which a barrier there hears as of a copy.
 __device__ __forceinline__ void write_async(unsigned to, float first, float second, unsigned barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
                ::"r"(to), "f"(first), "f"(second), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void write_async(unsigned to, float a, float b, float c, float d, unsigned barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+               ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier) : "memory");
 }

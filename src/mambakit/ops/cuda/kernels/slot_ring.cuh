@@ -1,5 +1,5 @@
 // A ring of slots of shared memory, through which one warp of a block sends what copies bring, boxes of tensors and rows, to
-// the others. It waits for room alone. See `ring.cuh`.
+// the others. It waits for room alone. `ring.cuh` is the same for rows of one kind.
 #pragma once
 #include "block_barrier.cuh"
 
@@ -69,46 +69,3 @@ template <int COUNT, int BYTES> struct Taker : Ring<COUNT, BYTES> {
     if (++oldest == COUNT) oldest = 0;
   }
 };
-
-// What blocks of a grid that all run at the same time tell one another: how many have come so far. To be called by one
-// thread, when the others of its block have met it.
-__device__ __forceinline__ void count_up(unsigned* count) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
-}
-__device__ __forceinline__ void await_count_alone(const unsigned* count, unsigned wanted) {
-  unsigned found;
-  SPINS_BEGIN
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(count) : "memory");
-    SPINS_CHECK
-  } while (found < wanted);
-}
-// A whole warp.
-__device__ __forceinline__ void await_count(const unsigned* count, unsigned wanted) {
-#ifndef NO_COUNTS
-  if (threadIdx.x % 32 == 0) await_count_alone(count, wanted);
-  __syncwarp();
-#endif
-}
-// What others have written, and have been waited for, is seen by copies that begin now.
-__device__ __forceinline__ void fence_for_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
-
-// What others write: past the first-level cache.
-__device__ __forceinline__ float read_fresh(const float* from) {
-  float x;
-  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
-  return x;
-}
-__device__ __forceinline__ uint4 read_fresh(const uint4* from) {
-  uint4 x;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from) : "memory");
-  return x;
-}
-
-// From shared memory, which may be written again after `await_reading`. By a thread, after a fence of those that wrote.
-__device__ __forceinline__ void copy_back(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(address_of(from)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void await_reading() {
-  asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
