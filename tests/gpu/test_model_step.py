@@ -584,7 +584,10 @@ def test_states_of_many_rows_in_a_pool(batch: int, only_one_kernel: None) -> Non
     """Whose rows have room between them."""
     model = make_model(torch.bfloat16, d_model=768)
     tokens, state = read(model, batch)
-    wide = [torch.ones(batch + 3, 2, *own.shape[1:], dtype=own.dtype, device=DEVICE) for own in numbers(state)]
+    wide = [
+        torch.ones(batch + 3, 2, *own.shape[1:], dtype=own.dtype, device=DEVICE)
+        for own in numbers(state)
+    ]
     view = state.clone()
     for i, (layer, own) in enumerate(zip(view.layers, state.layers, strict=True)):
         layer.conv_state, layer.ssm_state = (pool[:batch, 0] for pool in wide[2 * i : 2 * i + 2])

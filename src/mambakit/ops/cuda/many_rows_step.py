@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,10 +140,10 @@ def step(
     maps += [tensor_map(head, 16), *(tensor_map(tensor, tile_of(batch)) for tensor in (x, y))]
     addresses = [
         tensor.data_ptr()
-        for la in layers
-        for tensor in (la.norm, la.conv, la.conv_bias, la.x_proj, la.dt_proj, la.dt_bias, la.A_log, la.D, la.conv_state, la.ssm_state)
+        for layer in layers
+        for tensor in (layer.norm, *layer[2:9], *layer[10:12])  # All but the large matrices
         if tensor is not None
-    ]  # fmt: skip
+    ]
     around = tokens, embedding, norm_f, logits, x, y, *others
     addresses += (tensor.data_ptr() for tensor in around)
     numbers = batch, vocab, layers[0].conv_state.stride(0), layers[0].ssm_state.stride(0)

@@ -1,10 +1,10 @@
 """One decoding step of a whole model on a GPU, bound by the reading of the weights.
 
 On Hopper a step of up to 128 rows in half precision is one kernel, if the model's sizes are even enough
-(`one_kernel_step`, `many_rows_step`). Else it is four kernels a layer, that read every weight once and do what is between the products at
-their ends. Each begins to read its weights while the one before still runs. For a few rows they multiply number by
-number, for up to 64 on tensor cores, and then dt has a product of its own. For more rows, and for what the tensor cores
-do not take, the products are PyTorch's (cuBLAS).
+(`one_kernel_step`, `many_rows_step`). Else it is four kernels a layer, that read every weight once and do what is
+between the products at their ends. Each begins to read its weights while the one before still runs. For a few rows they
+multiply number by number, for up to 64 on tensor cores, and then dt has a product of its own. For more rows, and for
+what the tensor cores do not take, the products are PyTorch's (cuBLAS).
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def model_step(
     """Logits, (B, V), of a token a sequence, (B,); the states move on.
 
     All tensors are `suitable`. With kernels of our own a row does not depend on the other rows of the batch, nor on how
-    many there are, as long as the same kernels multiply: for up to 8 rows in one kernel, for 9 to 128 in one, or for few
-    rows, or for those of `tensor_core_products`. A token that is none is an error of the device.
+    many there are, as long as the same kernels multiply: for up to 8 rows in one kernel, for 9 to 128 in another, for
+    few rows, or for those of `tensor_core_products`. A token that is none is an error of the device.
 
     Args:
         layers: First layer first.

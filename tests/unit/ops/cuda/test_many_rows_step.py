@@ -1,4 +1,4 @@
-"""Which models the kernel of a whole step of 9 to 128 rows takes, and how it is laid out: questions that need no GPU."""
+"""Which models the kernel of a whole step of 9 to 128 rows takes, and how: questions that need no GPU."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def test_rows_for_which_there_is_room(batch: int, tile: int) -> None:
         (Shape(3072, 6144, 192, 16, 4), 30),
         (Shape(256, 512, 256, 16, 4), 30),
     ],
-    ids=["width", "channels", "rank", "states", "one tap", "taps", "clusters without channels", "channels of a cluster", "wide rank"],
+    ids=[
+        "width", "channels", "rank", "states", "one tap", "taps", "clusters without channels", "channels of a cluster",
+        "wide rank",
+    ],
 )  # fmt: skip
 def test_shapes_that_are_left_to_other_kernels(shape: Shape, clusters: int) -> None:
     assert plan(shape, 64, clusters) is None
