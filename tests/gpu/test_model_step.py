@@ -349,13 +349,17 @@ def without_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def only_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of narrow models too, and never by other kernels."""
+def many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one kernel, of narrow models too."""
+    monkeypatch.setattr(many_rows_step, "MOST_ROWS", 128)
+    monkeypatch.setattr(many_rows_step, "LEAST_WIDTH", 256)
 
+
+@pytest.fixture
+def only_one_kernel(many_rows: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> Tensor:
         raise AssertionError("a step of many kernels")
 
-    monkeypatch.setattr(many_rows_step, "LEAST_WIDTH", 256)
     monkeypatch.setattr(model_step, "_with_own_products", refuse)
     monkeypatch.setattr(model_step, "_with_library_products", refuse)
 
@@ -528,7 +532,9 @@ def test_a_row_of_many_in_one_kernel_does_not_depend_on_the_others(
 
 
 @pytest.mark.parametrize(("d_model", "batch"), [(512, 4), (768, 20)])
-def test_steps_of_one_kernel_on_two_streams(d_model: int, batch: int) -> None:
+def test_steps_of_one_kernel_on_two_streams(
+    d_model: int, batch: int, only_one_kernel: None
+) -> None:
     """Blocks that wait for one another, of two kernels at once: neither may keep the other's from the device."""
     model = make_model(torch.bfloat16, d_model=d_model, n_layer=6)
     tokens, start = read(model, batch)
@@ -602,7 +608,7 @@ def test_states_of_many_rows_in_a_pool(batch: int, only_one_kernel: None) -> Non
 
 @pytest.mark.parametrize("d_model", [128, 256, 768])
 @pytest.mark.parametrize("batch", [1, 8, 9, 64, 129])
-def test_a_graph_of_a_step(batch: int, d_model: int) -> None:
+def test_a_graph_of_a_step(batch: int, d_model: int, many_rows: None) -> None:
     model = make_model(torch.bfloat16, d_model=d_model)
     tokens, start = read(model, batch)
     state, expected = start.clone(), []
@@ -642,7 +648,7 @@ def test_overlapping_kernels_change_no_bit(
 
 
 @pytest.mark.parametrize("batch", [4, 37, 128])
-def test_many_steps_of_one_kernel_give_the_same_bits(batch: int) -> None:
+def test_many_steps_of_one_kernel_give_the_same_bits(batch: int, only_one_kernel: None) -> None:
     """Blocks hand numbers to one another without barriers of all; 300 times, in whatever order they come."""
     model = make_model(torch.bfloat16, d_model=768, n_layer=8)
     tokens, start = read(model, batch)

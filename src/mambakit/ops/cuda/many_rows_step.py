@@ -19,8 +19,8 @@ from mambakit.ops.cuda.compiler import kernel
 from mambakit.ops.cuda.one_kernel_step import SHARED, Shape, has_room, shape_of
 from mambakit.ops.model_layer import Layer
 
-FEWEST_ROWS, MOST_ROWS = 9, 128
-"""Of the batch."""
+FEWEST_ROWS, MOST_ROWS = 9, 0
+"""Of the batch. The kernel takes up to 128; none until its tests have passed on a GPU (docs/lab-notes.md)."""
 
 LEAST_WIDTH = 768
 """Of the stream, for which the step is faster than by the kernels of `model_step` (docs/lab-notes.md)."""

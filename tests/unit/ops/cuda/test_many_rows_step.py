@@ -87,6 +87,7 @@ def make_layer(dtype: torch.dtype = torch.bfloat16, width: int = 768, batch: int
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many_rows_step, "MOST_ROWS", 128)
     monkeypatch.setattr(many_rows_step, "clusters", lambda _: 30)
     monkeypatch.setattr(many_rows_step, "has_room", lambda _: True)
 
@@ -142,11 +143,10 @@ def test_so_are_states_whose_channels_do_not_follow_one_another() -> None:
 
 
 def test_rows_of_states_may_have_room_between_them() -> None:
-    pool = torch.zeros(9, 1536 * 3 + 8, dtype=torch.bfloat16)
-    state = pool[:, : 1536 * 3].unflatten(1, (1536, 3))
+    pool = torch.zeros(9 * 2 * 1536 * 3, dtype=torch.bfloat16)
+    state = pool.as_strided((9, 1536, 3), (1536 * 3 + 8, 3, 1))
     assert is_suitable(make_layer()._replace(conv_state=state))
-    pool = torch.zeros(9, 1536 * 3 + 4, dtype=torch.bfloat16)
-    state = pool[:, : 1536 * 3].unflatten(1, (1536, 3))
+    state = pool.as_strided((9, 1536, 3), (1536 * 3 + 4, 3, 1))
     assert not is_suitable(make_layer()._replace(conv_state=state))
     assert not is_suitable(make_layer(), make_layer()._replace(conv_state=state))
 
