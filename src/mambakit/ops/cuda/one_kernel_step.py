@@ -43,7 +43,7 @@ MOST_LAYERS = 256
 """Whose addresses fit into the parameters of a kernel, 32 KB."""
 
 GAP = 64
-"""Bytes between rows of a slot; see kernels/ring.cuh."""
+"""Bytes between rows of a slot; see kernels/row_sender.cuh."""
 
 
 class Shape(NamedTuple):

@@ -79,22 +79,28 @@ struct Block {
     turn ^= 1;
   }
 
-  // Half of in_proj: x or z. do_for(which channels: from this one on, PART) when the sums are there.
-  template <class Do> __device__ __forceinline__ void half_of_in_proj(Do do_for) {
-    constexpr int N = TILES > 1 ? OWN : OWN / 2;
-    const int column = TILES > 1 ? 0 : group * N;
-    WarpgroupSums<N> sums;
+  static constexpr int N = TILES > 1 ? OWN : SPAN;  // rows of in_proj and the head of a warpgroup
+
+  // Their products, so many boxes along k.
+  __device__ __forceinline__ void product(WarpgroupSums<N>& sums, int boxes) {
+    const int offset = (TILES > 1 ? 0 : group * N) * 128;
+    sums.multiply(xs.await_slot() + tile * 8192, weights.await_slot() + offset);
 #pragma unroll 1
-    for (int i = 0; i < WIDTH / CLUSTER / BOX; ++i) {
-      const char *const w = weights.await_slot();
-      const char *const x = xs.await_slot();
-      sums.multiply(x + tile * 8192, w + column * 128);
-      if (i == 0) continue;
+    for (int i = 1; i < boxes; ++i) {
+      const char *const w = weights.await_next(), *const x = xs.await_next();
+      sums.multiply(x + tile * 8192, w + offset);
       sums.template await<1>();
       weights.release(), xs.release();
     }
     sums.template await<0>();
     weights.release(), xs.release();
+  }
+
+  // Half of in_proj: x or z. do_for(which channels: from this one on, PART) when the sums are there.
+  template <class Do> __device__ __forceinline__ void half_of_in_proj(Do do_for) {
+    WarpgroupSums<N> sums;
+    product(sums, WIDTH / CLUSTER / BOX);
+    const int column = TILES > 1 ? 0 : group * N;
     hand_out<0, N / ROUNDS>(sums, at.rank, PITCH, column);
     do_for(0);
     if constexpr (ROUNDS > 1) {
@@ -385,7 +391,6 @@ struct Block {
   }
 
   __device__ __forceinline__ void head() {
-    constexpr int N = TILES > 1 ? OWN : OWN / 2;
     const int column = TILES > 1 ? 0 : group * N;
     shared.scaled.await(LAYERS & 1);
     float scales[2];
@@ -397,15 +402,7 @@ struct Block {
     }
     for (int first = 0; first < at.head_count; first += OWN) {
       WarpgroupSums<N> sums;
-      for (int i = 0; i < WIDTH / BOX; ++i) {
-        const char *const w = weights.await_slot(), *const x = xs.await_slot();
-        sums.multiply(x + tile * 8192, w + column * 128);
-        if (i == 0) continue;
-        sums.template await<1>();
-        weights.release(), xs.release();
-      }
-      sums.template await<0>();
-      weights.release(), xs.release();
+      product(sums, WIDTH / BOX);
       const int count = (int)min((int64)min(OWN, at.head_count - first), model.vocab - at.head_first - first);
       sums.each([&](int half, int more, float one, float two) {
         const int row = column + more + lane % 4 * 2;
@@ -433,8 +430,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   if (threadIdx.x >= THREADS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
     const int warp = threadIdx.x / 32 - WARPS;
-    if (warp == 0) send_weights(Sender<SLOTS, SLOT>(memory, shared.weights, IN_FLIGHT), model, at);
-    else if (warp == 1) send_x(Sender<X_SLOTS, X_SLOT>(x_memory, shared.xs, X_SLOTS), model, at);
+    if (warp == 0) send_weights({memory, shared.weights}, model, at);
+    else if (warp == 1) send_x({x_memory, shared.xs}, model, at);
     else help(shared, model, at, warp - 2);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");

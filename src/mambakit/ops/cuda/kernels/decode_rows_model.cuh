@@ -1,7 +1,7 @@
 // What the warps of `decode_rows.cu` share: the model, who does what, and a block's shared memory.
 #pragma once
 #include "counts.cuh"
-#include "slot_ring.cuh"
+#include "ring.cuh"
 #include "vectors.cuh"
 
 constexpr int CLUSTER = 4;                       // blocks, each with a part of k
