@@ -79,7 +79,7 @@ def plan(shape: Shape, batch: int, clusters: int) -> Layout | None:
     sums = max(CLUSTER * _pitch(own // tiles), CLUSTER * (3 - tiles) * _pitch(own // 2))
     rows = max(16, share)
     used = (
-        4 * share * (sums + 2 * states + own // 2)  # Sums, B and C, stream
+        4 * share * (sums + 2 * states)  # And B and C
         + 2 * (rows + share) * (own + 8)  # x, z
         + 2 * rows * (rank + 8)
         + 2 * share * own  # dt

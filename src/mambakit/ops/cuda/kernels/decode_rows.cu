@@ -28,12 +28,15 @@ struct Block {
   const Place at;
   Taker<SLOTS, SLOT> weights;
   Taker<X_SLOTS, X_SLOT> xs;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, group = warp / 4, tile = TILES > 1 ? group : 0;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int group = warp / 4, tile = TILES > 1 ? group : 0;  // which warpgroup, and which 64 rows of the batch it multiplies
   unsigned turn = 0;  // of exchanges of sums
   static constexpr int SPAN = OWN / 2;  // rows of a matrix whose sums are handed out together
   static constexpr int TURNS = (OWN * SPREAD + THREADS - 1) / THREADS, COLUMN_TURNS = (COLUMNS + 31) / 32;
+  static constexpr int ROW_TURNS = (SHARE + WARPS - 1) / WARPS;
   float rates[TURNS][LANE_STATES], skips[TURNS];  // of the scan
   float norm[COLUMN_TURNS];                       // the weights of the next one
+  float stream[ROW_TURNS][COLUMN_TURNS] = {};     // of the residual stream, what this lane has
 
   __device__ __forceinline__ void arrive_everywhere(BlockBarrier& barrier) {
     __syncwarp();
@@ -42,7 +45,8 @@ struct Block {
 
   // Sums of rows FROM to TO of the matrix to the blocks that end these rows of the batch. A lane's numbers of two eights go
   // together, so they are neighbours there: see `place_of`.
-  template <int FROM, int TO, int N> __device__ __forceinline__ void hand_out(const WarpgroupSums<N>& sums, int source, int pitch, int column) {
+  template <int FROM, int TO, int N>
+  __device__ __forceinline__ void hand_out(const WarpgroupSums<N>& sums, int source, int pitch, int column) {
     shared.freed.await(turn ^ 1);
     unsigned to[2], heard[2];
     bool exists[2];
@@ -273,8 +277,10 @@ struct Block {
       for (int j = 0; j < STATE_ROWS; ++j)
 #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
-          const int r = min(slot * STATE_ROWS + j, at.rows - 1), place = min(i * THREADS + (int)threadIdx.x, at.own * SPREAD - 1), c = place / SPREAD;
-          before[j][i] = ::read<LANE_STATES>(reinterpret_cast<const float*>(states) + (r - slot * STATE_ROWS) * (at.own * D_STATE) + place * LANE_STATES);
+          const int r = min(slot * STATE_ROWS + j, at.rows - 1), place = min(i * THREADS + (int)threadIdx.x, at.own * SPREAD - 1);
+          const int c = place / SPREAD;
+          before[j][i] = ::read<LANE_STATES>(
+              reinterpret_cast<const float*>(states) + (r - slot * STATE_ROWS) * (at.own * D_STATE) + place * LANE_STATES);
           steps[j][i] = to_float(shared.dt[r][c]), us[j][i] = to_float(shared.x[r][c]), gates[j][i] = to_float(shared.z[r][c]);
         }
       float ys[STATE_ROWS][TURNS];
@@ -311,24 +317,27 @@ struct Block {
     for (int i = threadIdx.x; i < at.rows * (OWN / 8); i += THREADS) {
       const int r = i / (OWN / 8), c = i % (OWN / 8) * 8;
       if (c >= at.own) continue;
-      *reinterpret_cast<uint4*>(model.y_memory + (int64)(at.first + r) * CHANNELS + at.channel + c) = *reinterpret_cast<const uint4*>(&shared.z[r][c]);
+      IO* const to = model.y_memory + (int64)(at.first + r) * CHANNELS + at.channel + c;
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&shared.z[r][c]);
     }
     meet();
     if (threadIdx.x == 0) count_up(model.counts->ys[at.cluster]);
   }
 
-  // A warp has whole rows of what this block has of the stream: value(r, m).
-  template <class Value> __device__ __forceinline__ void write_stream(Value value) {
-    for (int r = warp; r < at.rows; r += WARPS) {
-      const int b = at.first + r;
+  // A warp has whole rows of what this block has of the stream, to which add(r, m) is added.
+  template <class Add> __device__ __forceinline__ void add_to_stream(Add add) {
+#pragma unroll
+    for (int turn = 0; turn < ROW_TURNS; ++turn) {
+      const int r = warp + turn * WARPS, b = at.first + r;
+      if (r >= at.rows) break;
       float squares = 0.0f;
       const float prior = shared.prior[r];
 #pragma unroll
       for (int i = 0; i < COLUMN_TURNS; ++i) {
         const int m = lane + 32 * i;
         if (m >= at.columns()) break;
-        const float sum = value(r, m);
-        shared.residual[r][m] = sum;
+        const float sum = stream[turn][i] + add(r, m);
+        stream[turn][i] = sum;
         squares = fmaf(sum, sum, squares);
         model.x_memory[(int64)b * WIDTH + at.column() + m] = from_float<IO>(sum * prior * norm[i]);
       }
@@ -348,7 +357,7 @@ struct Block {
     meet();
 #pragma unroll
     for (int i = 0; i < COLUMN_TURNS; ++i) norm[i] = to_float(model.layers[0].norm[at.column() + min(lane + 32 * i, at.columns() - 1)]);
-    write_stream([&](int r, int m) {
+    add_to_stream([&](int r, int m) {
       const int64 token = model.tokens[at.first + r];
       if (token < 0 || token >= model.vocab) __trap();  // as PyTorch's own lookup does
       return to_float(model.embedding[token * WIDTH + at.column() + m]);
@@ -376,8 +385,8 @@ struct Block {
     if (threadIdx.x < at.rows) shared.prior[threadIdx.x] = shared.scales[threadIdx.x];
     meet();
     await_sums(at.rows * COLUMNS * 4 * (SOURCES / CLUSTER));
-    write_stream([&](int r, int m) {
-      float sum = shared.residual[r][m];
+    add_to_stream([&](int r, int m) {
+      float sum = 0.0f;
       const float* const from = &shared.sums[r * HALF_PITCH + place_of(m / 2 * 2) + m % 2];
 #pragma unroll
       for (int source = 0; source < SOURCES; source += SOURCES / CLUSTER) {
@@ -415,7 +424,8 @@ struct Block {
   }
 };
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS + 128, 1) decode_rows(const __grid_constant__ Model model) {
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS + 128, 1)
+decode_rows(const __grid_constant__ Model model) {
   extern __shared__ __align__(1024) char memory[];
   char* const x_memory = memory + SLOTS * SLOT;
   Shared& shared = *reinterpret_cast<Shared*>(x_memory + X_SLOTS * X_SLOT);
@@ -437,8 +447,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
     Block block{model, shared, at, {memory, shared.weights}, {x_memory, shared.xs}};
     block.embed();
-  #pragma unroll 1
-  for (int l = 0; l < LAYERS; ++l) {
+#pragma unroll 1
+    for (int l = 0; l < LAYERS; ++l) {
       const Layer& layer = model.layers[l];
       block.in_proj_and_convolution(layer, l);
       block.x_proj();

@@ -59,7 +59,6 @@ struct Shared {
   alignas(16) IO low[TILE_ROWS][RANK + 8];
   alignas(16) float bc[SHARE][2 * D_STATE];
   IO dt[SHARE][OWN];
-  float residual[SHARE][COLUMNS];
   float biases[OWN];                      // of dt
   float scales[BATCH], factors[BATCH];    // of the norm, and by which sums are multiplied
   float prior[SHARE];                     // by which x has been multiplied

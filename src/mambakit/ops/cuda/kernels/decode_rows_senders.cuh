@@ -28,9 +28,10 @@ __device__ __forceinline__ void send_weights(Sender<SLOTS, SLOT, IN_FLIGHT> ring
       }
     };
     half_of_in_proj(at.channel);
-    for (int from = 0; from < at.own; from += PART) {  // states, taps and offsets of the convolution
+    for (int from = 0; from < OWN; from += PART) {  // states, taps and offsets of the convolution
       const int count = min(PART, at.own - from), state = count * PAST * 2;
       ring.send(at.rows * state + count * (TAPS + 1) * 2, [&](BlockBarrier& full, char* to) {
+        if (count == 0) return;  // a slot all the same
 #pragma unroll 1
         for (int row = lane; row < at.rows; row += 32)
           full.copy(to + row * state, layer.conv_state + (at.first + row) * model.conv_batch + (at.channel + from) * PAST, state);
@@ -63,8 +64,8 @@ __device__ __forceinline__ void send_weights(Sender<SLOTS, SLOT, IN_FLIGHT> ring
     for (int i = 0; i < CHANNELS / CLUSTER / (2 * BOX); ++i)
       ring.send(at.own * 128, [&](BlockBarrier& full, char* to) {
         const int unit = lane / 2, box = lane % 2;
-        if (unit < at.own / 16)
-          full.copy_box(to + box * (SLOT / 2) + unit * 8 * 128, model.out_proj[l], long_k + (2 * i + box) * BOX, at.column() + unit * 8);
+        if (unit >= at.own / 16) return;
+        full.copy_box(to + box * (SLOT / 2) + unit * 8 * 128, model.out_proj[l], long_k + (2 * i + box) * BOX, at.column() + unit * 8);
       });
   }
   for (int first = 0; first < at.head_count; first += OWN) {
@@ -118,7 +119,10 @@ __device__ __forceinline__ void find_scales(Shared& shared, const Model& model, 
   for (int start = 0; start < rows; start += 8) {
     float parts[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) parts[i] = start + i < rows && lane < CLUSTERS ? read_fresh(model.squares + (first + start + i) * 32 + lane) : 0.0f;
+    for (int i = 0; i < 8; ++i) {
+      const bool exists = start + i < rows && lane < CLUSTERS;
+      parts[i] = exists ? read_fresh(model.squares + (first + start + i) * 32 + lane) : 0.0f;
+    }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
 #pragma unroll
