@@ -4,7 +4,7 @@
 // A slot holds rows, or parts of rows, with a gap between neighbours so that a warp can read eight rows at a time without two
 // of them in the same banks. Sender and takers go through the slots in the same order.
 //
-// SLOTS: of the ring. IN_FLIGHT: slots that may be on their way at the same time. More keep the memory no busier, but what
+// SLOTS: of the ring. IN_FLIGHT: bytes that may be on their way at the same time. More keep the memory no busier, but what
 // the takers then read by themselves waits longer behind them. SLOT: bytes of a slot.
 #pragma once
 #include "block_barrier.cuh"
@@ -12,7 +12,10 @@
 constexpr int GAP = 64;  // bytes
 
 // full: the copies have arrived. empty: all takers have released the slot.
-struct RingBarriers { BlockBarrier full[SLOTS], empty[SLOTS]; };
+struct RingBarriers {
+  BlockBarrier full[SLOTS], empty[SLOTS];
+  int bytes[SLOTS];  // that were sent last
+};
 
 struct Ring {
   char* memory;
@@ -26,7 +29,6 @@ struct Ring {
     for (int i = 0; i < SLOTS; ++i) barriers.full[i].make(1), barriers.empty[i].make(takers);
   }
 
- protected:
   __device__ __forceinline__ void advance() {
     if (++slot == SLOTS) slot = 0, turn ^= 1;
   }
@@ -34,23 +36,27 @@ struct Ring {
 
 // A whole warp.
 struct Sender : Ring {
-  int sent = 0;  // slots
-  using Ring::Ring;
+  Ring oldest;  // slot of those on their way
+  int in_flight = 0;  // bytes
+
+  __device__ __forceinline__ Sender(char* memory, RingBarriers& barriers) : Ring(memory, barriers), oldest(memory, barriers) {}
 
   // One slot: LENGTH numbers of each of `rows` rows.
   template <int LENGTH> __device__ __forceinline__ void send(const IO* from, int rows, int64 stride) {
     constexpr int BYTES = LENGTH * sizeof(IO);
     barriers.empty[slot].await(turn ^ 1);  // at once in the first turn
-    if (sent++ >= IN_FLIGHT) {
-      const bool is_of_last_turn = slot < IN_FLIGHT;
-      barriers.full[is_of_last_turn ? slot + SLOTS - IN_FLIGHT : slot - IN_FLIGHT].await(turn ^ is_of_last_turn);
+    while (in_flight > 0 && (in_flight + rows * BYTES > IN_FLIGHT || oldest.slot == slot)) {
+      barriers.full[oldest.slot].await(oldest.turn);
+      in_flight -= barriers.bytes[oldest.slot];
+      oldest.advance();
     }
     BlockBarrier& full = barriers.full[slot];
     const int lane = threadIdx.x % 32;
-    if (lane == 0) full.arrive_for(rows * BYTES);
+    if (lane == 0) full.arrive_for(rows * BYTES), barriers.bytes[slot] = rows * BYTES;
     __syncwarp();
     for (int row = lane; row < rows; row += 32)
       full.copy<BYTES>(memory + slot * SLOT + row * (BYTES + GAP), from + row * stride);
+    in_flight += rows * BYTES;
     advance();
   }
 
