@@ -89,7 +89,8 @@ def plan(shape: Shape, batch: int, blocks: int) -> Layout | None:
         return None
     own, rows, x_rows = (-(-count // blocks) for count in (channels, width, shape.steering))
     slot = 8 * (2 * parts[-1] + GAP)
-    fits_whole = x_rows <= 8 and max(x_rows * (2 * channels + GAP), own * (2 * rank + GAP)) <= slot
+    whole = max(x_rows * (2 * channels + GAP), own * (2 * rank + GAP), 2 * width + GAP)
+    fits_whole = x_rows <= 8 and whole <= slot
     if not fits_whole or max(own, rows) > MOST_OWN_ROWS or own * spread > unit:
         return None
     tile = _tile(batch)
