@@ -15,7 +15,13 @@ from torch.nn.functional import linear
 from mambakit import ops
 from mambakit.models import MambaConfig, MambaLanguageModel, ModelState
 from mambakit.models.fused_step import fused_step
-from mambakit.ops.cuda import launch, model_step, step_products, tensor_core_products
+from mambakit.ops.cuda import (
+    launch,
+    model_step,
+    one_kernel_step,
+    step_products,
+    tensor_core_products,
+)
 from mambakit.ops.model_layer import Layer
 
 pytestmark = pytest.mark.gpu
@@ -279,6 +285,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "many states": {"d_state": 128},
     "tensor cores": {"d_model": 96, "dt_rank": 8},
     "wide": {"d_model": 768, "n_layer": 2},
+    "one kernel": {"d_model": 256, "n_layer": 5},
+    "one kernel, other sizes": {
+        "d_model": 256,
+        "d_state": 32,
+        "d_conv": 2,
+        "dt_rank": 40,
+        "expand": 3,
+    },
     "s4d constant": {"A_init": "constant", "norm_epsilon": 1e-2},
 }
 
@@ -289,8 +303,9 @@ def make_model(
     torch.manual_seed(seed)
     config = MambaConfig(**{"d_model": 64, "n_layer": 3, "vocab_size": 300, **fields})
     model = MambaLanguageModel(config)
+    spread = 0.8 / max(8.0, config.d_model**0.5)  # wider ones would leave the range of float16
     for parameter in model.parameters():  # equal rows and values would hide mistakes
-        parameter.data += 0.1 * torch.randn_like(parameter)
+        parameter.data += spread * torch.randn_like(parameter)
     return model.to(DEVICE, dtype)
 
 
@@ -362,7 +377,30 @@ def test_so_is_a_step_without_tensor_cores(
 ) -> None:
     """As before Hopper: number by number, and from 9 rows on with the library's products."""
     monkeypatch.setattr(step_products, "has_clusters", lambda _: False)
+    monkeypatch.setattr(one_kernel_step, "_has_room", lambda _: False)
     test_a_step_is_as_accurate_as_the_modules(fields, dtype, batch)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_so_is_a_step_of_many_kernels(
+    dtype: torch.dtype, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model for which there is one kernel."""
+    monkeypatch.setattr(one_kernel_step, "_has_room", lambda _: False)
+    test_a_step_is_as_accurate_as_the_modules(CONFIGS["wide"], dtype, batch)
+
+
+@pytest.mark.parametrize("blocks", [15, 50])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_so_is_a_step_of_one_kernel_with_fewer_blocks(
+    dtype: torch.dtype, batch: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which have up to 35 channels each, and up to four rows of x_proj."""
+    monkeypatch.setattr(one_kernel_step, "multiprocessors", lambda _: blocks)
+    assert one_kernel_step.plan(one_kernel_step.Shape(256, 512, 16, 16, 4), batch, blocks)
+    test_a_step_is_as_accurate_as_the_modules(CONFIGS["one kernel"], dtype, batch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -404,10 +442,61 @@ def test_a_row_on_tensor_cores_does_not_depend_on_the_others(
         assert all(map(torch.equal, numbers(others), numbers(state.select(rows))))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d_model", [256, 1024])
+def test_a_row_in_one_kernel_does_not_depend_on_the_others(
+    d_model: int, dtype: torch.dtype
+) -> None:
+    model = make_model(dtype, d_model=d_model, n_layer=3)
+    tokens, state = read(model, 8)
+    bounds = (0, 1), (1, 3), (3, 6), (2, 7), (1, 8)
+    parts = [torch.arange(first, last, device=DEVICE) for first, last in bounds]
+    parts.append(torch.arange(7, -1, -1, device=DEVICE))
+    alone = [state.select(rows) for rows in parts]
+    for t in range(3):
+        logits = fused(model, tokens[:, t], state)
+        for rows, others in zip(parts, alone, strict=True):
+            assert torch.equal(fused(model, tokens[rows, t], others), logits[rows])
+    for rows, others in zip(parts, alone, strict=True):
+        assert all(map(torch.equal, numbers(others), numbers(state.select(rows))))
+
+
+def test_steps_of_one_kernel_on_two_streams() -> None:
+    """Blocks that wait for one another, of two kernels at once: neither may keep the other's from the device."""
+    model = make_model(torch.bfloat16, d_model=512, n_layer=6)
+    tokens, start = read(model, 4)
+    expected, state = [], start.clone()
+    for t in range(5):
+        expected.append(fused(model, tokens[:, t], state))
+
+    streams, graphs = [torch.cuda.Stream() for _ in range(2)], []
+    for _ in streams:
+        state, static = start.clone(), tokens[:, 0].clone()
+        graph, (logits,) = captured(lambda static=static, state=state: [model.step(static, state)])
+        graphs.append((graph, logits, static, state))
+    found: list[list[Tensor]] = [[], []]
+    for turn in range(40):
+        for stream, (graph, logits, static, state), results in zip(
+            streams, graphs, found, strict=True
+        ):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                if turn % 5 == 0:
+                    for tensor, begin in zip(numbers(state), numbers(start), strict=True):
+                        tensor.copy_(begin)
+                static.copy_(tokens[:, turn % 5])
+                graph.replay()
+                results.append(logits.clone())
+    torch.cuda.synchronize()
+    for results in found:
+        assert all(torch.equal(r, expected[turn % 5]) for turn, r in enumerate(results))
+
+
+@pytest.mark.parametrize("d_model", [128, 256])
 @pytest.mark.parametrize("batch", [2, 11, 70])
-def test_states_in_a_pool(batch: int) -> None:
+def test_states_in_a_pool(batch: int, d_model: int) -> None:
     """The first rows of larger tensors move on, the others stay; the taps may lie in any order."""
-    model = make_model(torch.bfloat16, d_model=128)
+    model = make_model(torch.bfloat16, d_model=d_model)
     tokens, state = read(model, batch)
     pool = state.clone()
     for layer, own in zip(pool.layers, state.layers, strict=True):
@@ -423,9 +512,10 @@ def test_states_in_a_pool(batch: int) -> None:
         assert (found[batch:] == 1).all()
 
 
+@pytest.mark.parametrize("d_model", [128, 256])
 @pytest.mark.parametrize("batch", [1, 8, 9, 64, 129])
-def test_a_graph_of_a_step(batch: int) -> None:
-    model = make_model(torch.bfloat16, d_model=128)
+def test_a_graph_of_a_step(batch: int, d_model: int) -> None:
+    model = make_model(torch.bfloat16, d_model=d_model)
     tokens, start = read(model, batch)
     state, expected = start.clone(), []
     for t in range(5):
@@ -448,6 +538,7 @@ def test_a_graph_of_a_step(batch: int) -> None:
 def test_overlapping_kernels_change_no_bit(
     d_model: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(one_kernel_step, "_has_room", lambda _: False)
     model = make_model(torch.bfloat16, d_model=d_model, n_layer=8)
     tokens, start = read(model, batch)
 
@@ -460,6 +551,18 @@ def test_overlapping_kernels_change_no_bit(
     overlapping = steps()
     monkeypatch.setattr(launch, "_can_overlap", lambda _: False)
     assert all(map(torch.equal, steps(), overlapping))
+
+
+def test_many_steps_of_one_kernel_give_the_same_bits() -> None:
+    """Blocks hand numbers to one another without barriers; 300 times, in whatever order they come."""
+    model = make_model(torch.bfloat16, d_model=768, n_layer=8)
+    tokens, start = read(model, 4)
+    expected: list[Tensor] = []
+    for turn in range(60):
+        state = start.clone()
+        found = [fused(model, tokens[:, t], state) for t in range(5)]
+        expected = expected or [*found, *numbers(state)]
+        assert all(map(torch.equal, [*found, *numbers(state)], expected)), turn
 
 
 def test_new_weights_are_seen() -> None:

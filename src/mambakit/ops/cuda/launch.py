@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import threading
 from collections.abc import Iterator
-from ctypes import c_float, c_int32
 from typing import Any
 
 import torch
@@ -66,6 +66,40 @@ class Kernel:
         config = _config(grid, block, shared, overlaps and _can_overlap(self._index))
         self._launch(stream, config, self._function, *map(_argument, args))
 
+    def together(self, grid: int, block: int, parameters: bytes, *, shared: int) -> None:
+        """Launch a kernel whose blocks wait for one another: none begins before there is room for all.
+
+        Args:
+            grid: Blocks, no more than fit on the device.
+            block: Threads in a block.
+            parameters: Of a kernel that takes one struct, the bytes of it.
+            shared: Bytes of dynamic shared memory.
+        """
+        from cuda.bindings import driver
+
+        with torch.cuda.device(self._index):
+            if self._index not in _bound_devices():
+                _bind(self._index)
+            if shared > self._shared:
+                self._allow(shared)
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            attribute.value.cooperative = 1
+            config = driver.CUlaunchConfig()
+            config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+            config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+            config.sharedMemBytes = shared
+            config.hStream = driver.CUstream(torch._C._cuda_getCurrentRawStream(self._index))
+            config.attrs, config.numAttrs = [attribute], 1
+            struct = ctypes.create_string_buffer(parameters, len(parameters))
+            pointers = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
+            function = driver.CUfunction(int(self._handle))
+            (status,) = driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0)
+        if int(status) != 0:
+            raise BackendError(
+                f"the NVIDIA driver cannot launch {self.name} ({status}); use backend='reference'"
+            )
+
     def _allow(self, shared: int) -> None:
         from cuda.bindings import driver
 
@@ -106,8 +140,8 @@ def _argument(value: object) -> object:
     if value is None:
         return 0
     if isinstance(value, float):
-        return c_float(value)
-    return c_int32(value) if isinstance(value, bool) else value
+        return ctypes.c_float(value)
+    return ctypes.c_int32(value) if isinstance(value, bool) else value
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,9 +1,10 @@
-"""One decoding step of a whole model on a GPU: four kernels a layer, bound by the reading of the weights.
+"""One decoding step of a whole model on a GPU, bound by the reading of the weights.
 
-Kernels of our own read every weight once and do what is between the products at their ends. Each begins to read its
-weights while the one before still runs. For a few rows they multiply number by number, for up to 64 on tensor cores,
-and then dt has a product of its own. For more rows, and for what the tensor cores do not take, the products are
-PyTorch's (cuBLAS).
+On Hopper a step of up to 8 rows in half precision is one kernel, if the model's sizes are even enough
+(`one_kernel_step`). Else it is four kernels a layer, that read every weight once and do what is between the products at
+their ends. Each begins to read its weights while the one before still runs. For a few rows they multiply number by
+number, for up to 64 on tensor cores, and then dt has a product of its own. For more rows, and for what the tensor cores
+do not take, the products are PyTorch's (cuBLAS).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from mambakit.ops.cuda import one_kernel_step
 from mambakit.ops.cuda.arrays import TYPES, Variants, lanes
 from mambakit.ops.cuda.causal_conv1d import causal_conv1d_step
 from mambakit.ops.cuda.compiler import kernel
@@ -103,9 +105,12 @@ def model_step(
     batch = tokens.shape[0]
     if batch == 0:
         return head.new_empty(0, head.shape[0])
-    is_ours = batch <= MOST_ROWS or are_for_tensor_cores(layers[0], batch)
-    step = _with_own_products if is_ours else _with_library_products
-    logits = step(tokens, embedding, layers, norms, head, eps)
+    if one_kernel_step.suitable(layers, (embedding, norm_f, head), batch):
+        logits = one_kernel_step.step(tokens, embedding, layers, norm_f, head, eps)
+    else:
+        is_ours = batch <= MOST_ROWS or are_for_tensor_cores(layers[0], batch)
+        step = _with_own_products if is_ours else _with_library_products
+        logits = step(tokens, embedding, layers, norms, head, eps)
     increment_version([*chain.from_iterable((la.conv_state, la.ssm_state) for la in layers)])
     return logits
 
@@ -376,4 +381,4 @@ def variants() -> Variants:
             ("decode_scan.cu", "decode_scan", projected),
             ("decode_embedding.cu", "decode_embedding", embedding),
         ]
-    return found
+    return found + one_kernel_step.variants()

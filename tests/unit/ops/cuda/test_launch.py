@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from mambakit.errors import BackendError
 from mambakit.ops.cuda import compiler, launch
 
 Write = Callable[..., None]
@@ -87,6 +89,43 @@ def test_much_shared_memory(write_kernel: Write) -> None:
     x, size = torch.zeros(1, device="cuda"), 99 * 1024
     compiler.kernel("a.cu", "last", x.device)(1, 1, x, size // 4, shared=size)
     assert x.item() == 5.0
+
+
+COUNT = (
+    "struct Given { unsigned* arrived; float* y; long long n; double a; };"
+    'extern "C" __global__ void count(const __grid_constant__ Given given) { extern __shared__ float s[];'
+    "atomicAdd(given.arrived, 1); while (*(volatile unsigned*)given.arrived % gridDim.x > 0);"
+    "given.y[blockIdx.x] = given.n * given.a; }"
+)
+"""Blocks that wait for one another."""
+
+
+@pytest.mark.gpu
+def test_blocks_together(write_kernel: Write) -> None:
+    """Alone and in a graph."""
+    write_kernel(COUNT)
+    blocks, shared = torch.cuda.get_device_properties(0).multi_processor_count, 96 * 1024
+    arrived = torch.zeros(1, dtype=torch.int32, device="cuda")
+    y = torch.zeros(blocks, device="cuda")
+    kernel = compiler.kernel("a.cu", "count", y.device)
+    parameters = struct.pack("3qd", arrived.data_ptr(), y.data_ptr(), 6, 0.5)
+    kernel.together(blocks, 1, parameters, shared=shared)
+    assert (y == 3).all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernel.together(blocks, 1, parameters, shared=shared)
+    y.zero_()
+    graph.replay()
+    assert (y == 3).all()
+    assert arrived.item() == 2 * blocks
+
+
+@pytest.mark.gpu
+def test_more_blocks_together_than_there_is_room_for(write_kernel: Write) -> None:
+    write_kernel(COUNT)
+    kernel = compiler.kernel("a.cu", "count", torch.device("cuda", 0))
+    with pytest.raises(BackendError, match="cannot launch count"):
+        kernel.together(10_000, 1, struct.pack("3qd", 0, 0, 0, 0.0), shared=96 * 1024)
 
 
 @pytest.mark.gpu

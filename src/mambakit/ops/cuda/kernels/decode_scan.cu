@@ -9,12 +9,8 @@
 // divisor of STATES. PROJECTED: the projection has been done, and `dt_weight` is its result, (B, D), which the kernel before
 // may have written: not `__restrict__`, or it could be read before the wait. AHEAD: a divisor of BATCH and HELD. Otherwise
 // as in matvec.cuh, with ROWS = 1.
+#include "decode_functions.cuh"
 #include "matvec.cuh"
-
-// Functions of one number. Half precision rounds more than the special function unit does; float32 does not.
-__device__ __forceinline__ float exponential(float x) { return sizeof(IO) == 4 ? expf(x) : exp2_approx(x * LOG2_E); }
-__device__ __forceinline__ float sigmoid_of(float x) { return sizeof(IO) == 2 ? sigmoid(x) : 1.0f / (1.0f + expf(-x)); }
-__device__ __forceinline__ float softplus(float v) { return fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v))); }
 
 __device__ __forceinline__ float sum_of_channel(float sum) {
 #pragma unroll
