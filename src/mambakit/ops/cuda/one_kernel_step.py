@@ -27,7 +27,7 @@ WARPS = 4 * (WARPGROUPS - 1)
 """That multiply. Sixteen meet more slowly, and have no more to do."""
 
 IN_FLIGHT = 43 * 1024
-"""Bytes that a block has on their way. More, and what blocks read of one another waits behind them; see docs/lab-notes.md."""
+"""Bytes that a block has on their way. With more, what blocks read of one another waits longer; docs/lab-notes.md."""
 
 MOST_PART = 1280
 """Numbers of a row of a matrix in a slot."""
