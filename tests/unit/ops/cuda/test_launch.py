@@ -183,7 +183,7 @@ print(time.perf_counter() - start)
 
 @pytest.mark.gpu
 def test_seconds_to_the_first_result(write_kernel: Write) -> None:
-    """The first process on a machine compiles, later ones read the file. What else the machine does can slow one of them."""
+    """The first process on a machine compiles, later ones read the file; other work may slow one of them."""
 
     def seconds() -> float:
         run = subprocess.run(
