@@ -192,7 +192,8 @@ def _run_backward(
 
     def of_file(name: str) -> Kernel:
         size = inputs.x.element_size()
-        file, _, constants = backward_kernel(form, size, name, inputs.options(dout), inputs.is_few)
+        options = inputs.backward_options(dout)
+        file, _, constants = backward_kernel(form, size, name, options, inputs.is_few)
         return kernel(file, name, device, **constants)
 
     run, add = of_file("scan_backward"), of_file("scan_add_parts")
@@ -362,8 +363,7 @@ class _Inputs:
 
     def options(self, *others: Tensor, channels: int = 0) -> dict[str, int | str]:
         """What the kernels are compiled for: these tensors, and `others` that they read."""
-        width, channels = self.x.shape[2] // self.groups, channels or self.form.channels
-        is_aligned = lanes(channels, width, self.x, self.dt, self.z, *others) == channels
+        channels = channels or self.form.channels
         return {
             "IO": TYPES[self.io],
             "B_VARIES": int(self.B.ndim > 2),
@@ -371,8 +371,19 @@ class _Inputs:
             "HAS_Z": int(self.z is not None),
             "SOFTPLUS": int(self.dt_softplus),
             "HAS_RESTART": int(self.restart is not None),
-            "ALIGNED": int(is_aligned),
+            "ALIGNED": int(self.neighbours(channels, *others) == channels),
         }
+
+    def neighbours(self, most: int, *others: Tensor) -> int:
+        """How many channels of these tensors, and of `others`, one access may move."""
+        return lanes(most, self.x.shape[2] // self.groups, self.x, self.dt, self.z, *others)
+
+    def backward_options(self, dout: Tensor) -> dict[str, int | str]:
+        """As `options`, of the backward."""
+        copied = self.neighbours(self.form.copied(self.x.element_size()), dout)
+        weights = [W for W in (self.B, self.C) if W.ndim > 2]
+        is_aligned = all(lanes(4, W.shape[-1], W) == 4 for W in weights)
+        return {**self.options(dout), "COPIED": copied, "WEIGHTS_ALIGNED": int(is_aligned)}
 
     def run_narrow(self, *arguments: Any) -> None:
         """Launch `scan_narrow`."""

@@ -141,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(2 * HELPERS, MIN_BLOCKS) scan_narro
 #pragma unroll
     for (int j = 0; j < HELPED; j++) {
       const float(&halves)[2][Y_RING + 16] = sums[j / SLOTS].of[j % SLOTS];
-      out[j] = fmaf(LEFT_OUT, halves[0][here] + halves[1][here], skip[j] * x_now.value(j)) * gate(z_now.value(j));
+      out[j] = fmaf(MADE_UP, halves[0][here] + halves[1][here], skip[j] * x_now.value(j)) * gate(z_now.value(j));
     }
     write(y, out, step < steps_of(tile) ? count : 0);
     y += TILE * d_inner;
