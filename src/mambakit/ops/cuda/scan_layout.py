@@ -81,14 +81,13 @@ class Layout(NamedTuple):
         """Shared memory of `scan_backward`, in the order of its structs."""
         tile, segment, floats = self.save_every, self.backward_segment(is_few), 4 * self.channels
         states, lanes = self.states * self.number_bytes, 32 * self.channels
-        gap = 0 if self.on_tensor_cores else self.slots
-        left = max(lanes * states, segment * 2 * self.padded * self.number_bytes)
-        if self.on_tensor_cores:
-            left = max(lanes * states + 4 * states, segment * 2 * 8 * states)
+        gap, begin = (0, lanes * states + 4 * states) if self.on_tensor_cores else (self.slots, lanes * states)
+        halves = 8 if self.on_tensor_cores else self.spread
+        left = _aligned(max(begin, segment * 2 * halves * states))
         warp = _aligned(tile * self.slots * 2 * floats)
         warp += 4 * _aligned(2 * tile * self.slots * self.channels * io_bytes)
         warp = _aligned(warp + 2 * self.slots * floats + segment * self.slots * floats)
-        warp += (tile // segment + 2) * _aligned(left) + segment * (32 + gap) * 3 * floats
+        warp += 2 * begin + tile // segment * left + segment * (32 + gap) * 3 * floats
         warp += 2 * self.channels * self.slots * 8 + 4 * tile + 4 * 32 * 8 + 8 * self.slots
         if self.on_tensor_cores:
             warp += 1
@@ -172,7 +171,7 @@ NARROW_PACE = Pace(2, 0.05, 0.29, 0.0)
 since the times of many blocks of the other kernels are estimated too long by a tenth."""
 BACKWARD = Pace(3, 0.95, 1.0, 0.2)
 
-FEW_FORWARD, FEW_BACKWARD = Pace(2, 2.04, 0.52, 0.0), Pace(2, 2.0, 0.674, 0.0)
+FEW_FORWARD, FEW_BACKWARD = Pace(2, 2.04, 0.52, 0.0), Pace(2, 1.06, 0.85, 0.0)
 """Where no multiprocessor gets a third block: each of two may then have 255 registers. Two channels a lane, and time is
 not cut."""
 

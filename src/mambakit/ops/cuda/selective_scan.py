@@ -188,7 +188,7 @@ def _run_backward(
 
     dA = torch.empty(batch, chunks, d_inner, padded, dtype=inputs.A.dtype, device=device)
     dB, dC = parts(B), parts(C)
-    dD, dbias = torch.empty(2, batch, chunks, d_inner, device=device)
+    sums_of_time = torch.empty(2, batch, chunks, d_inner, device=device)
 
     def of_file(name: str) -> Kernel:
         size = inputs.x.element_size()
@@ -200,7 +200,7 @@ def _run_backward(
     run(
         (inputs.blocks, chunks), 32 * form.warps,
         dout, inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.dt_bias, inputs.restart,
-        saved, dstate, adjoints, sums, dx, ddt, dz, dA, dB, dC, dD, dbias, dinitial,
+        saved, dstate, adjoints, sums, dx, ddt, dz, dA, dB, dC, *sums_of_time, dinitial,
         seqlen, d_inner, d_state, inputs.groups, chunk, chunks,
         *_rows(dout), *_rows(inputs.x), *_rows(inputs.dt), *_rows(inputs.z),
         *_weight_rows(inputs.B), *_weight_rows(inputs.C),
@@ -214,7 +214,7 @@ def _run_backward(
         sums = torch.empty(like.shape, dtype=read.dtype, device=device)
         groups = like.shape[2] if like.ndim == 4 else 1
         add(
-            (-(-sums.numel() // 256),), 256,
+            (-(-batch * seqlen * groups * form.spread // 32),), 128,
             parts, sums, batch * seqlen, d_state, groups, inputs.row_blocks // groups,
         )  # fmt: skip
         return sums.to(like.dtype)
@@ -222,15 +222,16 @@ def _run_backward(
     def like(gradient: Tensor, parameter: Tensor | None) -> Tensor:
         return nothing() if parameter is None else gradient.to(parameter.dtype)
 
+    dD, dbias = sums_of_time.sum((1, 2))
     return (
         like(dx, x),
         like(ddt, dt),
         like(dA.sum((0, 1))[:, :d_state], A),
         weight(dB, B, inputs.B),
         weight(dC, C, inputs.C),
-        like(dD.sum((0, 1)), D),
+        like(dD, D),
         like(dz, z),
-        like(dbias.sum((0, 1)), dt_bias),
+        like(dbias, dt_bias),
         dinitial,
     )
 

@@ -236,9 +236,10 @@ template <int STEPS> struct Fetch {
 
   // `count` steps from `rows` on exist.
   FORCE_INLINE void get(const Weight* rows, int64 time_stride, int64 count, int d_state) {
+    const int thread = EARLY ? threadIdx.x : opaque((int)threadIdx.x);  // or all addresses would be made before the loop, and spilled
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
-      const int i = k * 32 * WARPS + threadIdx.x, step = i / PADDED, n = i % PADDED;
+      const int i = k * 32 * WARPS + thread, step = i / PADDED, n = i % PADDED;
       const bool exists = step < STEPS && step < count && n < d_state;
       if (exists) held[k] = rows[step * time_stride + n];
       else held[k] = Weight{};

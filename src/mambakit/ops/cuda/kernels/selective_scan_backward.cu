@@ -3,29 +3,32 @@
 //     l_t = C_t* dy_t + exp(dt_{t+1} A)* l_{t+1}          the adjoint of h_t, backwards in time
 //     dC_t = dy_t h_t*       dB_t = dt_t x_t l_t          sums over the channels of a group
 //     dx_t = dt_t Re(sum_n B_t* l_t) + D dy_t
-//     q_t = l_t (exp(dt_t A) h_{t-1})*
+//     q_t = exp(dt_t A)* l_t h_{t-1}*
 //     dA = sum_t dt_t q_t    ddt_t = Re(sum_n A* q_t) + x_t Re(sum_n B_t* l_t),  then through the softplus
 //
 // The states h are not stored: the forward saved one every TILE steps. From it a warp first walks to each SEGMENT of the tile
 // and leaves the state there in shared memory; then, from the last segment to the first, it walks the segment again with
-// exp(dt A) and exp(dt A) h in registers, and back with the adjoint. Lanes and channels are as in selective_scan.cuh.
+// exp(dt A) and h in registers, and back with the adjoint. Lanes and channels are as in selective_scan.cuh.
 //
-// SEGMENT: 4, or 8 where few blocks leave each the registers for it.
+// Sums over channels: lanes to warp within a segment (channel_sums.cuh), warps to block through shared memory at the end of a
+// tile, and one row a block to global memory, which scan_add_parts adds in order. So every sum has one order, and no atomics.
 //
-// Sums over channels go through shared memory: lanes to warp at the end of a segment, warps to block at the end of a tile,
-// and one row a block to global memory, which scan_add_parts adds in order. So every sum has one order, and no atomics.
+// Constants beside those of selective_scan.cuh:
+//     SEGMENT                 4, or 8 where few blocks leave each the registers for it
+//     COPIED                  neighbouring channels that can be copied at a time
+//     WEIGHTS_ALIGNED         whether four neighbouring states of B and C can
 #include "selective_scan.cuh"
 
 constexpr int TILE = SAVE_EVERY;
 #include "channel_sums.cuh"
 #include "weight_rows.cuh"
 
-constexpr int ROUNDS = SEGMENT > SPREAD ? SEGMENT / SPREAD : 1;  // steps of a segment that a lane prepares
-constexpr int SEGMENTS = TILE / SEGMENT;
-constexpr int PREPARED = (TILE + SPREAD - 1) / SPREAD;              // and of a tile
-constexpr int COPIES = BLOCK_CHANNELS / COPIED;                  // of a step of the block's channels
-constexpr bool COPIES_WEIGHTS = IN_WORDS && WEIGHTS_ALIGNED;
 constexpr bool ON_TENSOR_CORES = ChannelSums::ON_TENSOR_CORES;
+constexpr bool COPIES_WEIGHTS = IN_WORDS && WEIGHTS_ALIGNED;
+constexpr int SEGMENTS = TILE / SEGMENT;
+constexpr int TILE_ROUNDS = (TILE + SPREAD - 1) / SPREAD;         // steps of a tile that are a lane's own
+constexpr int ROUNDS = SEGMENT > SPREAD ? SEGMENT / SPREAD : 1;   // and of a segment
+constexpr int COPIES = BLOCK_CHANNELS / COPIED;                   // of a step of the block's channels
 constexpr int ROW = 32 + (ON_TENSOR_CORES ? 0 : SLOTS);           // lanes; with a gap, against bank conflicts
 
 // A part of the sums over n: Re(B* l) and Re(A* q).
@@ -34,17 +37,20 @@ struct alignas(CHANNELS == 1 ? 8 : 16) Sums { float B[CHANNELS], A[CHANNELS]; };
 struct alignas(8 * CHANNELS) Two { Floats of[2]; };          // of two steps
 struct alignas(8 * CHANNELS) Fixed { Floats bias, skip; };   // of all steps
 
-// What is left of a segment: the state before it, until it is walked again, and then its sums over channels.
-//
-// The states are in an order in which neither lanes nor those who copy them from memory, row by row, have bank conflicts.
-union Left {
-  States before[ON_TENSOR_CORES ? 36 + 32 : CHANNELS * 32];
-  ChannelSums::Totals sums;
+// The states of a warp, in an order in which neither the lanes that use them nor those that copy them, row after row, have bank
+// conflicts.
+struct WarpStates {
+  States of[ON_TENSOR_CORES ? 36 + 32 : CHANNELS * 32];
 
-  FORCE_INLINE Left() {}
   static FORCE_INLINE int place(int j, int part, int slot) {
     return ON_TENSOR_CORES ? j * 36 + part * 8 + (slot ^ part) : j * 32 + part * SLOTS + slot;
   }
+};
+
+// What is left of a segment: the states before it, until it is walked again, and then its sums over channels.
+union Left {
+  WarpStates before;
+  ChannelSums::Totals sums;
 };
 
 // What a warp has for itself.
@@ -53,14 +59,15 @@ struct Scratch {
   alignas(16) Channels x[2][TILE][SLOTS], dt[2][TILE][SLOTS], z[2][TILE][SLOTS], dout[2][TILE][SLOTS];  // of this tile and the next
   Fixed fixed[SLOTS];
   Two dy[SEGMENT / 2][SLOTS];
-  Left left[SEGMENTS + 2];                            // and the states before this tile and the next
+  WarpStates start[2];                                // before this tile and the next
+  Left left[SEGMENTS];
   Two y[SEGMENT / 2][ROW];                            // parts of sum C h
   Sums sums[SEGMENT][ROW];
   Sum dD[CHANNELS][SLOTS], dbias[CHANNELS][SLOTS];    // over all time
   float restarts[TILE];
   const IO* next[4][32];                              // what a lane copies for the next tile: addresses, for which registers are short
   int64 out[SLOTS];                                   // and where its outputs are, of the first step of time
-  ChannelSums::Scratch weights;
+  ChannelSums::Scratch to_sum;
 };
 
 // Of the whole block.
@@ -109,11 +116,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
       a[j].of[n] = scaled(A_UNIT, a[j].of[n]);
       dA[j].of[n] = zero(), dB_fixed[j].of[n] = zero(), dC_fixed[j].of[n] = zero();
     }
-    if (at.part == 0) {
-      own.fixed[at.slot].bias.of[j] = dt_bias && j < at.count ? dt_bias[at.channel + j] : 0.0f;
-      own.fixed[at.slot].skip.of[j] = D && j < at.count ? D[at.channel + j] : 0.0f;
-    }
-    if (at.part == 0) own.dD[j][at.slot] = own.dbias[j][at.slot] = Sum{};
+    if (at.part != 0) continue;
+    own.fixed[at.slot].bias.of[j] = dt_bias && j < at.count ? dt_bias[at.channel + j] : 0.0f;
+    own.fixed[at.slot].skip.of[j] = D && j < at.count ? D[at.channel + j] : 0.0f;
+    own.dD[j][at.slot] = own.dbias[j][at.slot] = Sum{};
   }
   for (int64 after = chunks - 1; after > blockIdx.y; after--) {
 #pragma unroll
@@ -136,29 +142,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
   const Weight* C_rows = (const Weight*)C + at.batch * C_batch + at.group * C_groups / groups * C_group;
   Fetch<TILE> B_next, C_next;
   int t0 = start + (stop - start - 1) / TILE * TILE;  // of the tile
-  auto get_weights = [&](int from) {
-    if (COPIES_WEIGHTS) return;
-    if (B_VARIES) B_next.get(B_rows + from * B_time, B_time, stop - from, d_state);
-    if (C_VARIES) C_next.get(C_rows + from * C_time, C_time, stop - from, d_state);
+  auto get = [&](int which, int from) {
+    if (which == 0 ? !B_VARIES : !C_VARIES) return;
+    if (which == 0) B_next.get(B_rows + from * B_time, B_time, stop - from, d_state);
+    else C_next.get(C_rows + from * C_time, C_time, stop - from, d_state);
   };
-  auto put_weights = [&](int to) {
-    if (COPIES_WEIGHTS) return;
-    if (B_VARIES) shared.weights[to].put(0, B_next);
-    if (C_VARIES) shared.weights[to].put(1, C_next);
+  auto put = [&](int which, int to) {
+    if (which == 0 ? B_VARIES : C_VARIES) shared.weights[to].put(which, which == 0 ? B_next : C_next);
   };
-  // Or at once, four states a thread.
-  constexpr bool IS_ONE_EACH = 2 * TILE * SPREAD == 32 * WARPS;
-  static_assert(!COPIES_WEIGHTS || IS_ONE_EACH, "a thread has four states of B or C");
+  // Or without registers on the way, four states a thread.
+  static_assert(!COPIES_WEIGHTS || 2 * TILE * SPREAD == 32 * WARPS, "a thread has four states of B or C");
   const unsigned step_copied = threadIdx.x / SPREAD % TILE, state_copied = threadIdx.x % SPREAD * 4;
   const bool is_C = threadIdx.x / SPREAD >= TILE, is_copied = COPIES_WEIGHTS && (is_C ? C_VARIES : B_VARIES) && state_copied < d_state;
   const Weight* weight_from = (is_C ? C_rows + (t0 + step_copied) * C_time : B_rows + (t0 + step_copied) * B_time) + state_copied;
   auto copy_weights = [&](int from, int to) {
-    if (!COPIES_WEIGHTS) return;
     if (is_copied) copy<4>((IO*)&shared.weights[to].at(is_C, step_copied, state_copied), (const IO*)weight_from, from + (int)step_copied < stop);
     weight_from -= TILE * (is_C ? C_time : B_time);
   };
 
-  // Copies of the block's steps of a tile, COPIED channels of a step a thread, and of the warp's states before it.
+  // Copies of the block's steps of a tile, COPIED channels of a step a thread, and of each warp's states before it.
   const int64 block_channel = at.channel - at.slot * CHANNELS - at.warp * WARP_CHANNELS;
   const int64 left = (at.group + 1) * (d_inner / groups) - block_channel;
   const int channels_left = left < BLOCK_CHANNELS ? (int)left : BLOCK_CHANNELS;
@@ -196,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     if (HAS_Z) own.next[3][lane] = next.of[3] - TILE * z_time;
   };
   auto copy_start = [&](int from, int to) {
-    States* const before = own.left[SEGMENTS + to].before;
+    States* const before = own.start[to].of;
     const int64 row = (at.batch * tiles + from / TILE) * d_inner;
     if constexpr (ON_TENSOR_CORES) {  // neighbouring lanes copy neighbours in memory
       const Number* states = saved + (row + block_channel + at.warp * WARP_CHANNELS) * PADDED;
@@ -204,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
       for (int item = lane; item < WARP_CHANNELS * SPREAD; item += 32) {
         const int part = item % SPREAD, channel = item / SPREAD;
         const bool exists = at.warp * WARP_CHANNELS + channel < channels_left;
-        copy_async(&before[Left::place(channel % CHANNELS, part, channel / CHANNELS)], states + item * STATES, exists);
+        copy_async(&before[WarpStates::place(channel % CHANNELS, part, channel / CHANNELS)], states + item * STATES, exists);
       }
     } else {
 #pragma unroll
@@ -212,16 +214,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         const Number* states = saved + (row + opaque(at.channel) + (j < at.count ? j : 0)) * PADDED + first_state;
 #pragma unroll
         for (int i = 0; i < sizeof(States); i += 16)
-          if (at.count) copy((char*)&before[Left::place(j, at.part, at.slot)] + i, (const char*)states + i);
+          if (at.count) copy((char*)&before[WarpStates::place(j, at.part, at.slot)] + i, (const char*)states + i);
       }
     }
   };
   if (!ON_TENSOR_CORES && !at.count) {
 #pragma unroll
-    for (int j = 0; j < 2 * CHANNELS; j++) own.left[SEGMENTS + j % 2].before[Left::place(j / 2, at.part, at.slot)] = States{};
+    for (int j = 0; j < 2 * CHANNELS; j++) own.start[j % 2].of[WarpStates::place(j / 2, at.part, at.slot)] = States{};
   }
   if (at.part == 0) own.out[at.slot] = at.batch * seqlen * d_inner + at.channel;
-  get_weights(t0), put_weights(0), copy_weights(t0, 0);
+  if (COPIES_WEIGHTS) copy_weights(t0, 0);
+  else get(0, t0), put(0, 0), get(1, t0), put(1, 0);
   copy_steps(t0, 0, read_next()), copy_start(t0, 0);
   await_copies();
   __syncthreads();
@@ -231,20 +234,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
   int buffer = 0;
   for (; t0 >= start; t0 -= TILE, buffer ^= 1) {
     const int count = stop - t0 < TILE ? stop - t0 : TILE;  // steps of the tile that exist
-    if (Fetch<TILE>::EARLY && t0 > start) get_weights(t0 - TILE);
+    if (!COPIES_WEIGHTS && Fetch<TILE>::EARLY && t0 > start) get(0, t0 - TILE), get(1, t0 - TILE);
 
-    // The lane prepares its own steps.
+    // The lane prepares its own steps. All it needs is read before the first is written, behind which the compiler would not go.
     const Next next = read_next();
     const Fixed fixed = own.fixed[at.slot];
-    Channels x_raw[PREPARED], dt_raw[PREPARED];
+    Channels x_raw[TILE_ROUNDS], dt_raw[TILE_ROUNDS];
 #pragma unroll
-    for (int k = 0; k < PREPARED; k++) {
+    for (int k = 0; k < TILE_ROUNDS; k++) {
       const int i = k * SPREAD + at.part;
       if (TILE % SPREAD != 0 && i >= TILE) continue;
       x_raw[k] = own.x[buffer][i][at.slot], dt_raw[k] = own.dt[buffer][i][at.slot];
     }
 #pragma unroll
-    for (int k = 0; k < PREPARED; k++) {
+    for (int k = 0; k < TILE_ROUNDS; k++) {
       const int i = k * SPREAD + at.part;
       if (TILE % SPREAD != 0 && i >= TILE) continue;
       Step step;
@@ -258,11 +261,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     if (HAS_RESTART && lane < TILE) own.restarts[lane] = lane < count && restart[t0 + lane] ? 0.0f : 1.0f;
     __syncwarp();
     if (t0 > start) {
-      copy_steps(t0 - TILE, buffer ^ 1, next), copy_weights(t0 - TILE, buffer ^ 1), copy_start(t0 - TILE, buffer ^ 1);
+      copy_steps(t0 - TILE, buffer ^ 1, next), copy_start(t0 - TILE, buffer ^ 1);
+      if (COPIES_WEIGHTS) copy_weights(t0 - TILE, buffer ^ 1);
     }
     States h[CHANNELS];
 #pragma unroll
-    for (int j = 0; j < CHANNELS; j++) h[j] = own.left[SEGMENTS + buffer].before[Left::place(j, at.part, at.slot)];
+    for (int j = 0; j < CHANNELS; j++) h[j] = own.start[buffer].of[WarpStates::place(j, at.part, at.slot)];
 
     // One step of the recurrence.
     auto carry = [&](int i, int j, int n, Number& factor, const Step& step, const States& B_now) {
@@ -287,13 +291,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
           for (int n = 0; n < STATES; n++) carry(i, j, n, factor, step, B_now);
       }
 #pragma unroll
-      for (int j = 0; j < CHANNELS; j++) own.left[s + 1].before[Left::place(j, at.part, at.slot)] = h[j];
+      for (int j = 0; j < CHANNELS; j++) own.left[s + 1].before.of[WarpStates::place(j, at.part, at.slot)] = h[j];
     }
 
-    // dy of the lane's own steps of a segment, and the factor that makes dz of y.
-    struct Gates { Floats dy[ROUNDS]; float slope[ROUNDS][CHANNELS]; };
-    auto gates_of = [&](int s) {
-      Gates gates;
+#pragma unroll 1
+    for (int s = SEGMENTS - 1; s >= 0; s--) {
+      const WarpStates& begin = s > 0 ? own.left[s].before : own.start[buffer];
+#pragma unroll
+      for (int j = 0; j < CHANNELS; j++) h[j] = begin.of[WarpStates::place(j, at.part, at.slot)];
+      // dy of the lane's own steps, and the factor that makes dz of y.
+      Floats dy_own[ROUNDS];
+      float gate_slope[ROUNDS][CHANNELS];
 #pragma unroll
       for (int r = 0; r < ROUNDS; r++) {
         const int k = r * SPREAD + at.part, i = s * SEGMENT + k % SEGMENT;
@@ -301,19 +309,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #pragma unroll
         for (int j = 0; j < CHANNELS; j++) {
           const float g = HAS_Z ? z_raw.value(j) : 0.0f, sig = logistic(g), d = dout_raw.value(j);
-          gates.dy[r].of[j] = HAS_Z ? d * g * sig : d;
-          gates.slope[r][j] = d * sig * fmaf(g, 1.0f - sig, 1.0f);
+          dy_own[r].of[j] = HAS_Z ? d * g * sig : d;
+          gate_slope[r][j] = d * sig * fmaf(g, 1.0f - sig, 1.0f);
         }
-        if (is_own) own.dy[k / 2][at.slot].of[k % 2] = gates.dy[r];
+        if (is_own) own.dy[k / 2][at.slot].of[k % 2] = dy_own[r];
       }
-      return gates;
-    };
-    Gates gates_next = gates_of(SEGMENTS - 1);
-#pragma unroll
-    for (int j = 0; j < CHANNELS; j++) h[j] = own.left[SEGMENTS > 1 ? SEGMENTS - 1 : SEGMENTS + buffer].before[Left::place(j, at.part, at.slot)];
-#pragma unroll 1
-    for (int s = SEGMENTS - 1; s >= 0; s--) {
-      const Gates gates = gates_next;
       __syncwarp();
 
       // The segment again, forwards.
@@ -327,7 +327,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
       for (int k = 0; k < SEGMENT; k++) {
         const int i = s * SEGMENT + k;
         const Step step = step_next;
-        const Floats dy = C_VARIES && ON_TENSOR_CORES ? gates.dy[k / SPREAD] : own.dy[k / 2][at.slot].of[k % 2];
+        const Floats dy = C_VARIES && ON_TENSOR_CORES ? dy_own[k / SPREAD] : own.dy[k / 2][at.slot].of[k % 2];
         const States B_now = B_ahead, C_now = weights.of(weight_rows, 1, k);
         if (k + 1 < SEGMENT) {
           step_next = own.steps[i + 1][at.slot];
@@ -348,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
           y.of[k % 2].of[j] = sum;
         }
         if (HAS_Z && k % 2 == 1) own.y[k / 2][lane] = y;
-        if (C_VARIES) channel_sums.add(own.weights, own.left[s].sums, at, k, 1, dy, dC_terms);
+        if (C_VARIES) channel_sums.add(own.to_sum, own.left[s].sums, at, k, 1, dy, dC_terms);
       }
 
       // And back.
@@ -386,15 +386,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
           }
         }
         own.sums[k][lane] = sums;
-        if (B_VARIES) channel_sums.add(own.weights, own.left[s].sums, at, k, 0, dx, l);
+        if (B_VARIES) channel_sums.add(own.to_sum, own.left[s].sums, at, k, 0, dx, l);
       }
       __syncwarp();
 
-      // The lane finishes its own steps, and begins those of the next segment: each waits, but not for the other.
-      const int s_next = s > 0 ? s - 1 : 0;
-      gates_next = gates_of(s_next);
-#pragma unroll
-      for (int j = 0; j < CHANNELS; j++) h[j] = own.left[s_next > 0 ? s_next : SEGMENTS + buffer].before[Left::place(j, at.part, at.slot)];
+      // The lane finishes its own steps.
 #pragma unroll
       for (int r = 0; r < ROUNDS; r++) {
         const int k = (r * SPREAD + at.part) % SEGMENT, i = s * SEGMENT + k, channels = is_own && i < count ? at.count : 0;
@@ -413,11 +409,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         const Fixed fixed = own.fixed[at.slot];
 #pragma unroll
         for (int j = 0; j < CHANNELS; j++) {
-          const float dy = is_own ? gates.dy[r].of[j] : 0.0f, input = own.x[buffer][i][at.slot].value(j);
+          const float dy = is_own ? dy_own[r].of[j] : 0.0f, input = own.x[buffer][i][at.slot].value(j);
           const float slope = SOFTPLUS ? logistic(own.dt[buffer][i][at.slot].value(j) + fixed.bias.of[j]) : 1.0f;
           dx_now[j] = fmaf(step.dt[j], sum_B[j], fixed.skip.of[j] * dy);
           ddt_now[j] = fmaf(input, sum_B[j], sum_A[j] * (1.0f / A_UNIT)) * slope;
-          dz_now[j] = fmaf(fixed.skip.of[j], input, y[j]) * gates.slope[r][j];
+          dz_now[j] = fmaf(fixed.skip.of[j], input, y[j]) * gate_slope[r][j];
           dD_run[j] = fmaf(dy, input, dD_run[j]);
           dbias_run[j] += channels ? ddt_now[j] : 0.0f;
         }
@@ -427,7 +423,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         if (HAS_Z) write(dz + here, dz_now, channels);
       }
       // And the warp its sums over channels.
-      if (B_VARIES || C_VARIES) channel_sums.finish(own.weights, own.left[s].sums, at);
+      if (B_VARIES || C_VARIES) channel_sums.finish(own.to_sum, own.left[s].sums, at);
       __syncwarp();
     }
 
@@ -443,14 +439,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         dD_run[j] = dbias_run[j] = 0.0f;
       }
     }
-    if (t0 > start) {
-      if (!Fetch<TILE>::EARLY) get_weights(t0 - TILE);
-      put_weights(buffer ^ 1);
+    if (!COPIES_WEIGHTS && t0 > start) {
+#pragma unroll
+      for (int which = 0; which < 2; which++) {
+        if (!Fetch<TILE>::EARLY) get(which, t0 - TILE);
+        put(which, buffer ^ 1);
+      }
     }
     __syncthreads();
     // The block's rows of dB and dC: (blocks of a batch row, B, L, PADDED).
     auto sums_of = [&](int warp, int segment) -> const ChannelSums::Totals& { return shared.scratch[warp].left[segment].sums; };
-    for (unsigned item = threadIdx.x; item < 2 * TILE * SPREAD; item += 32 * WARPS) {
+#pragma unroll 1
+    for (int round = 0; round < (2 * TILE * SPREAD + 32 * WARPS - 1) / (32 * WARPS); round++) {
+      const unsigned item = round * 32 * WARPS + threadIdx.x;
+      if (2 * TILE * SPREAD % (32 * WARPS) != 0 && item >= 2 * TILE * SPREAD) continue;
       const int which = item / (TILE * SPREAD), i = item / (4 * SPREAD) % (TILE / 4) * 4 + item % 4, part = item / 4 % SPREAD;
       if (i >= count || (which == 0 ? !B_VARIES : !C_VARIES)) continue;
       States sum = ChannelSums::total(sums_of, 0, i, which, part);
@@ -482,14 +484,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
   }
 }
 
-// dB or dC, (B, L, G, N): the sums of the parts that the blocks of a group left, (blocks of a batch row, B, L, PADDED).
+FORCE_INLINE float exchanged(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
+FORCE_INLINE float2 exchanged(float2 v, int mask) { return make_float2(exchanged(v.x, mask), exchanged(v.y, mask)); }
+
+// dB or dC, (B, L, G, N): the sums of the parts that the blocks of a group left, (blocks of a batch row, B, L, PADDED). A lane
+// has STATES states and every fourth part, so that many reads are under way.
 extern "C" __global__ void scan_add_parts(
     const Number* parts, Weight* sums, int64 rows, int64 d_state, int64 groups, int64 blocks) {
-  const int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= rows * groups * d_state) return;
-  const int64 n = i % d_state, group = i / d_state % groups, row = i / d_state / groups;
-  Number sum = zero();
-  for (int64 block = group * blocks; block < (group + 1) * blocks; block++)
-    sum = scale_add(1.0f, parts[(block * rows + row) * PADDED + n], sum);
-  sums[i] = to_weight(sum);
+  const unsigned lane = threadIdx.x % 32;
+  const int64 i = ((int64)blockIdx.x * blockDim.x + threadIdx.x) / 32 * 8 + lane % 8;
+  const bool exists = i < rows * groups * SPREAD;
+  const int64 first = i % SPREAD * STATES, group = i / SPREAD % groups, row = i / SPREAD / groups;
+  const Number* from = parts + (group * blocks * rows + row) * PADDED + first;
+  States sum = {};
+#pragma unroll 8
+  for (int64 block = lane / 8; block < (exists ? blocks : 0); block += 4) add(sum, *(const States*)(from + block * rows * PADDED));
+#pragma unroll
+  for (int n = 0; n < STATES; n++) {
+#pragma unroll
+    for (int other = 8; other < 32; other *= 2) sum.of[n] = scale_add(1.0f, exchanged(sum.of[n], other), sum.of[n]);
+    if (exists && lane < 8 && first + n < d_state) sums[(row * groups + group) * d_state + first + n] = to_weight(sum.of[n]);
+  }
 }
