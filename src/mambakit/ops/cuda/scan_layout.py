@@ -81,7 +81,8 @@ class Layout(NamedTuple):
         """Shared memory of `scan_backward`, in the order of its structs."""
         tile, segment, floats = self.save_every, self.backward_segment(is_few), 4 * self.channels
         states, lanes = self.states * self.number_bytes, 32 * self.channels
-        gap, begin = (0, lanes * states + 4 * states) if self.on_tensor_cores else (self.slots, lanes * states)
+        gap = 0 if self.on_tensor_cores else self.slots
+        begin = (lanes + 4 if self.on_tensor_cores else lanes) * states
         halves = 8 if self.on_tensor_cores else self.spread
         left = _aligned(max(begin, segment * 2 * halves * states))
         warp = _aligned(tile * self.slots * 2 * floats)
