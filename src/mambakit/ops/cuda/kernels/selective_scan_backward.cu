@@ -484,28 +484,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
   }
 }
 
+FORCE_INLINE float exchanged(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
+FORCE_INLINE float2 exchanged(float2 v, int mask) { return make_float2(exchanged(v.x, mask), exchanged(v.y, mask)); }
+
 // dB or dC, (B, L, G, N): the sums of the parts that the blocks of a group left, (blocks of a batch row, B, L, PADDED). A lane
-// has STATES states, of which each warp of a block adds every ADDERS-th part: so neighbours in memory are read together, and
-// enough at a time, also of few rows.
-constexpr int ADDERS = 4;
+// has STATES states and every fourth part, so that many reads are under way.
 extern "C" __global__ void scan_add_parts(
     const Number* parts, Weight* sums, int64 rows, int64 d_state, int64 groups, int64 blocks) {
-  __shared__ States found[ADDERS][32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64 i = (int64)blockIdx.x * 32 + lane;
+  const unsigned lane = threadIdx.x % 32;
+  const int64 i = ((int64)blockIdx.x * blockDim.x + threadIdx.x) / 32 * 8 + lane % 8;
   const bool exists = i < rows * groups * SPREAD;
   const int64 first = i % SPREAD * STATES, group = i / SPREAD % groups, row = i / SPREAD / groups;
   const Number* from = parts + (group * blocks * rows + row) * PADDED + first;
   States sum = {};
 #pragma unroll 8
-  for (int64 block = warp; block < (exists ? blocks : 0); block += ADDERS) add(sum, *(const States*)(from + block * rows * PADDED));
-  found[warp][lane] = sum;
-  __syncthreads();
-  if (warp != 0 || !exists) return;
+  for (int64 block = lane / 8; block < (exists ? blocks : 0); block += 4) add(sum, *(const States*)(from + block * rows * PADDED));
 #pragma unroll
-  for (int other = 1; other < ADDERS; other++) add(sum, found[other][lane]);
-  sums += (row * groups + group) * d_state + first;
+  for (int n = 0; n < STATES; n++) {
 #pragma unroll
-  for (int n = 0; n < STATES; n++)
-    if (first + n < d_state) sums[n] = to_weight(sum.of[n]);
+    for (int other = 8; other < 32; other *= 2) sum.of[n] = scale_add(1.0f, exchanged(sum.of[n], other), sum.of[n]);
+    if (exists && lane < 8 && first + n < d_state) sums[(row * groups + group) * d_state + first + n] = to_weight(sum.of[n]);
+  }
 }
