@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(2 * HELPERS, MIN_BLOCKS) scan_narro
     for (int j = 0; j < HELPED; j++) {
       const float(&halves)[2][Y_RING + 16] = sums[j / SLOTS].of[j % SLOTS];
       const unsigned here = place * TILE + step;
-      out[j] = fmaf(LEFT_OUT, halves[0][here] + halves[1][here], skip[j] * x_now.value(j)) * gate(z_now.value(j));
+      out[j] = fmaf(MADE_UP, halves[0][here] + halves[1][here], skip[j] * x_now.value(j)) * gate(z_now.value(j));
     }
     write(y, out, tile < my_tiles ? count : 0);
     y += TILE * d_inner;

@@ -77,17 +77,7 @@ struct Part {
 // Tensor cores take the first 11 bits of a float. For y in bfloat16, of 8 bits, it is enough that what they leave out is made up
 // for on average; for float16 a second product adds it.
 constexpr bool SUMS_TWICE = !is_same<IO, bfloat16>;
-constexpr float LEFT_OUT = SUMS_TWICE ? 1.0f : 1.0f + 0.72f / 2048;
-
-// d (16 x 8) += A (16 x 8) B (8 x 8) of floats rounded to 11 bits; the order of elements is that of `multiply_add`, with a word each.
-FORCE_INLINE void multiply_add_floats(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
-        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
-}
-FORCE_INLINE float rounded(float v) { return __uint_as_float(__float_as_uint(v) + 0x1000u); }
-FORCE_INLINE float truncated(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+constexpr float MADE_UP = SUMS_TWICE ? 1.0f : LEFT_OUT;
 
 // Sums of SEGMENT steps over 4 lanes. Row g of an operand A has the lanes 4g .. 4g + 3, and B has ones that bring the sums of
 // quad q to columns 2q and 2q + 1: so lane (g, t) gets those of the steps 4t .. 4t + 3 of its row.
@@ -107,7 +97,7 @@ struct LaneSums {
       if (!SUMS_TWICE) continue;
       float rest[4];
 #pragma unroll
-      for (int k = 0; k < 4; k++) rest[k] = rounded(w[k] - truncated(w[k]));
+      for (int k = 0; k < 4; k++) rest[k] = left_out(w[k]);
       add(d, i, rest[0], rest[1], rest[2], rest[3]);
     }
     return make_float4(d[0], d[1], d[2], d[3]);
