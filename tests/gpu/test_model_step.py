@@ -304,8 +304,9 @@ def make_model(
     torch.manual_seed(seed)
     config = MambaConfig(**{"d_model": 64, "n_layer": 3, "vocab_size": 300, **fields})
     model = MambaLanguageModel(config)
+    spread = 0.8 / max(8.0, config.d_model**0.5)  # wider ones would leave the range of float16
     for parameter in model.parameters():  # equal rows and values would hide mistakes
-        parameter.data += 0.1 * torch.randn_like(parameter)
+        parameter.data += spread * torch.randn_like(parameter)
     return model.to(DEVICE, dtype)
 
 

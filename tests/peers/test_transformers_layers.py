@@ -47,15 +47,6 @@ def _uninstalled():
     mambakit.compat.uninstall()
 
 
-def test_another_version_keeps_its_own_layers(monkeypatch):
-    layer = transformers.models.mamba.modeling_mamba.MambaMixer
-    theirs = layer.forward
-    monkeypatch.delattr("transformers.cache_utils.Cache.get_conv_state")  # As before 5.21.
-    with pytest.warns(UserWarning, match=r"modeling_mamba of .* upgrade transformers to 5\.21"):
-        mambakit.compat.install()
-    assert layer.forward is theirs
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """Names of our operations in the order in which the layers call them."""
@@ -385,3 +376,12 @@ print("done")
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "done"
+
+
+def test_another_version_keeps_its_own_layers(monkeypatch):
+    layer = transformers.models.mamba.modeling_mamba.MambaMixer
+    theirs = layer.forward
+    monkeypatch.delattr("transformers.cache_utils.Cache.get_conv_state")  # As before 5.21.
+    with pytest.warns(UserWarning, match=r"modeling_mamba of .* upgrade transformers to 5\.21"):
+        mambakit.compat.install()
+    assert layer.forward is theirs

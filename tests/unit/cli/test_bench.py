@@ -23,7 +23,7 @@ def test_it_prints_a_rate_for_every_job(
     monkeypatch.setattr(features, "features", lambda: {"avx512bf16"} if has_bfloat16 else {"avx2"})
     monkeypatch.setattr(features.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(bench, "SCAN", (64, 32, 16))
-    monkeypatch.setattr(bench, "BUDGET_SECONDS", 0.0)
+    monkeypatch.setattr(bench, "BUDGET_SECONDS", 1e-9)
     save_model(MambaLanguageModel(MambaConfig(d_model=16, n_layer=1, vocab_size=16)), tmp_path)
     assert main(["bench", "--checkpoint", str(tmp_path), "--seqlen", "16", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
@@ -43,7 +43,7 @@ def test_a_quantised_model_is_not_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "SCAN", (64, 32, 16))
-    monkeypatch.setattr(bench, "BUDGET_SECONDS", 0.0)
+    monkeypatch.setattr(bench, "BUDGET_SECONDS", 1e-9)
     model = MambaLanguageModel(MambaConfig(d_model=16, n_layer=1, vocab_size=16))
     quantise(model, Quantisation(bits=8))
     save_model(model, tmp_path)
@@ -59,8 +59,22 @@ def test_a_sequence_of_no_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "error: seqlen: got 0, wanted at least 1\n"
 
 
-def test_the_median_leaves_the_first_call_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    delays = iter([0.2, 0.01, 0.02, 0.03])
-    monkeypatch.setattr(bench, "BUDGET_SECONDS", 0.0)
-    seconds = bench._seconds(lambda: time.sleep(next(delays)), torch.device("cpu"))
-    assert seconds == pytest.approx(0.02, abs=0.005)
+@pytest.mark.parametrize(
+    ("delays", "median"), [((0.2, 0.01, 0.02, 0.03), 0.02), ((0.01, 0.1), 0.1)]
+)
+def test_the_median_leaves_the_first_call_out_and_takes_a_long_one_alone(
+    monkeypatch: pytest.MonkeyPatch, delays: tuple[float, ...], median: float
+) -> None:
+    left = iter(delays)
+    monkeypatch.setattr(bench, "BUDGET_SECONDS", 0.05)
+    seconds = bench._seconds(lambda: time.sleep(next(left)), torch.device("cpu"))
+    assert seconds == pytest.approx(median, abs=0.005)
+    assert not [*left]
+
+
+def test_it_says_what_it_measures_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with bench._measuring("the scan"):
+        pass
+    assert capsys.readouterr().err == "measuring the scan\n"

@@ -38,7 +38,7 @@ THREADS = 384
 """Of a block: two warpgroups that multiply, one that sends."""
 
 IN_FLIGHT = 2
-"""Slots of weights that a block has on their way; as in `one_kernel_step`."""
+"""Slots of weights, as full ones, that a block has on their way; as in `one_kernel_step`."""
 
 MOST_SLOTS = 32
 """Of the ring; more would not be used."""
@@ -86,7 +86,7 @@ def plan(shape: Shape, batch: int, clusters: int) -> Layout | None:
         + 4 * (2 * tile + share + own)  # Scales, biases
         + 512
     )
-    slots = min((SHARED - used - x_slots * x_slot) // (slot + 16), MOST_SLOTS)
+    slots = min((SHARED - used - x_slots * (x_slot + 4)) // (slot + 20), MOST_SLOTS)
     return Layout(slots, x_slots) if slots >= 2 else None
 
 

@@ -26,9 +26,8 @@ WARPGROUPS = 3
 WARPS = 4 * (WARPGROUPS - 1)
 """That multiply. Sixteen meet more slowly, and have no more to do."""
 
-IN_FLIGHT = 2
-"""Slots of 13 to 21 KB that a block has on their way. More, and what blocks read of one another waits behind them; see
-docs/lab-notes.md."""
+IN_FLIGHT = 43 * 1024
+"""Bytes that a block has on their way. With more, what blocks read of one another waits longer; docs/lab-notes.md."""
 
 MOST_PART = 1280
 """Numbers of a row of a matrix in a slot."""
@@ -90,13 +89,14 @@ def plan(shape: Shape, batch: int, blocks: int) -> Layout | None:
         return None
     own, rows, x_rows = (-(-count // blocks) for count in (channels, width, shape.steering))
     slot = 8 * (2 * parts[-1] + GAP)
-    fits_whole = x_rows <= 8 and max(x_rows * (2 * channels + GAP), own * (2 * rank + GAP)) <= slot
+    whole = max(x_rows * (2 * channels + GAP), own * (2 * rank + GAP), 2 * width + GAP)
+    fits_whole = x_rows <= 8 and whole <= slot
     if not fits_whole or max(own, rows) > MOST_OWN_ROWS or own * spread > unit:
         return None
     tile = _tile(batch)
     work = 4 * tile * (shape.steering + 2 * WARPS * (MOST_OWN_ROWS + 8) + 4 * MOST_OWN_ROWS + WARPS)
-    slots = (SHARED - work - 64) // (slot + 16)
-    return Layout(parts[-1], slots) if slots > IN_FLIGHT else None
+    slots = (SHARED - work - 64) // (slot + 20)
+    return Layout(parts[-1], slots) if slots > 2 else None
 
 
 def suitable(layers: Sequence[Layer], around: Sequence[Tensor], batch: int) -> bool:

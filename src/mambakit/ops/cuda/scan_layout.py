@@ -69,6 +69,10 @@ class Layout(NamedTuple):
         warp = self.segment * (self.slots * (2 * floats + (self.spread + 1) * floats) + 4)
         return _aligned(self.warps * warp + 4 * self.tile * self.padded * self.number_bytes)
 
+    def copied(self, io_bytes: int) -> int:
+        """Neighbouring channels that the backward can copy at a time: up to 16 bytes of a warp's."""
+        return min(self.slots * self.channels, 16 // io_bytes)
+
     def backward_segment(self, is_few: bool) -> int:
         """Steps that a warp of the backward walks back at a time."""
         return 8 if is_few else 4
@@ -77,17 +81,21 @@ class Layout(NamedTuple):
         """Shared memory of `scan_backward`, in the order of its structs."""
         tile, segment, floats = self.save_every, self.backward_segment(is_few), 4 * self.channels
         states, lanes = self.states * self.number_bytes, 32 * self.channels
-        warp = tile * self.slots * (2 * floats + 8 * self.channels * io_bytes)
-        warp = _aligned(warp + 2 * 4 * lanes + segment * self.slots * floats)
-        warp += tile // segment * lanes * states
-        warp += segment * (self.spread + 1) * self.slots * 3 * floats
-        warp += 2 * lanes * 8 + 4 * tile
+        gap = 0 if self.on_tensor_cores else self.slots
+        begin = (lanes + 4 if self.on_tensor_cores else lanes) * states
+        halves = 8 if self.on_tensor_cores else self.spread
+        left = _aligned(max(begin, segment * 2 * halves * states))
+        warp = _aligned(tile * self.slots * 2 * floats)
+        warp += 4 * _aligned(2 * tile * self.slots * self.channels * io_bytes)
+        warp = _aligned(warp + 2 * self.slots * floats + segment * self.slots * floats)
+        warp += 2 * begin + tile // segment * left + segment * (32 + gap) * 3 * floats
+        warp += 2 * self.channels * self.slots * 8 + 4 * tile + 4 * 32 * 8 + 8 * self.slots
         if self.on_tensor_cores:
             warp += 1
         else:
-            warp += segment * 2 * self.spread * (self.slots + 1) * states
-        rows = tile * self.padded * self.number_bytes
-        return self.warps * (_aligned(warp) + 2 * rows) + 4 * rows
+            warp = _aligned(warp) + segment * 2 * self.spread * (self.slots + 1) * states
+        weight = io_bytes if self.on_tensor_cores and io_bytes == 2 else self.number_bytes
+        return self.warps * _aligned(warp) + 4 * tile * self.padded * weight
 
     @property
     def on_tensor_cores(self) -> bool:
@@ -159,12 +167,12 @@ class Pace(NamedTuple):
 
 FORWARD = {2: Pace(5, 1.5, 0.78, 0.75), 1: Pace(4, 1.95, 0.4, 0.75)}
 """By channels a lane."""
-NARROW_PACE = Pace(2, 0.05, 0.29, 0.0)
-"""Of `scan_narrow`, which is never cut in time. Its measured cost is 0.25: it is taken where it is faster by a seventh,
-since the times of many blocks of the other kernels are estimated too long by a tenth."""
+NARROW_PACE = Pace(2, 0.05, 0.23, 0.0)
+"""Of `scan_narrow`, which is never cut in time. With this cost what is taken was seldom slower than the other kernel,
+at 182 sizes with and without kept states: by more than 3 % in 15 of 364 cases, by 11 % at most."""
 BACKWARD = Pace(3, 0.95, 1.0, 0.2)
 
-FEW_FORWARD, FEW_BACKWARD = Pace(2, 2.04, 0.52, 0.0), Pace(2, 2.0, 0.674, 0.0)
+FEW_FORWARD, FEW_BACKWARD = Pace(2, 2.04, 0.52, 0.0), Pace(2, 1.06, 0.85, 0.0)
 """Where no multiprocessor gets a third block: each of two may then have 255 registers. Two channels a lane, and time is
 not cut."""
 
@@ -216,10 +224,12 @@ def variants() -> Variants:
         for channels in range(1, form.channels + 1):
             for mode in ("CHUNK_STATES", "OUTPUTS", "CHUNK_ADJOINTS"):
                 found.append(forward_kernel(form._replace(channels=channels), mode, common))
-        found.append(backward_kernel(form, size, "scan_backward", common))
+        copied = form.copied(size) if aligned else 1
+        backward = {**common, "COPIED": copied, "WEIGHTS_ALIGNED": aligned}
+        found.append(backward_kernel(form, size, "scan_backward", backward))
         if form.on_tensor_cores:
             found.append(forward_kernel(form, "OUTPUTS", common, is_few=True))
-            found.append(backward_kernel(form, size, "scan_backward", common, is_few=True))
+            found.append(backward_kernel(form, size, "scan_backward", backward, is_few=True))
         if takes_narrow(form, size):
             lanes = {"B_LANES": 8 if aligned else 1, "C_LANES": 8 if aligned else 2}
             found.append(narrow_kernel({**common, **lanes}))

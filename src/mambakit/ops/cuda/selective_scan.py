@@ -188,18 +188,19 @@ def _run_backward(
 
     dA = torch.empty(batch, chunks, d_inner, padded, dtype=inputs.A.dtype, device=device)
     dB, dC = parts(B), parts(C)
-    dD, dbias = torch.empty(2, batch, chunks, d_inner, device=device)
+    sums_of_time = torch.empty(2, batch, chunks, d_inner, device=device)
 
     def of_file(name: str) -> Kernel:
         size = inputs.x.element_size()
-        file, _, constants = backward_kernel(form, size, name, inputs.options(dout), inputs.is_few)
+        options = inputs.backward_options(dout)
+        file, _, constants = backward_kernel(form, size, name, options, inputs.is_few)
         return kernel(file, name, device, **constants)
 
     run, add = of_file("scan_backward"), of_file("scan_add_parts")
     run(
         (inputs.blocks, chunks), 32 * form.warps,
         dout, inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.dt_bias, inputs.restart,
-        saved, dstate, adjoints, sums, dx, ddt, dz, dA, dB, dC, dD, dbias, dinitial,
+        saved, dstate, adjoints, sums, dx, ddt, dz, dA, dB, dC, *sums_of_time, dinitial,
         seqlen, d_inner, d_state, inputs.groups, chunk, chunks,
         *_rows(dout), *_rows(inputs.x), *_rows(inputs.dt), *_rows(inputs.z),
         *_weight_rows(inputs.B), *_weight_rows(inputs.C),
@@ -213,7 +214,7 @@ def _run_backward(
         sums = torch.empty(like.shape, dtype=read.dtype, device=device)
         groups = like.shape[2] if like.ndim == 4 else 1
         add(
-            (-(-sums.numel() // 256),), 256,
+            (-(-batch * seqlen * groups * form.spread // 32),), 128,
             parts, sums, batch * seqlen, d_state, groups, inputs.row_blocks // groups,
         )  # fmt: skip
         return sums.to(like.dtype)
@@ -221,15 +222,16 @@ def _run_backward(
     def like(gradient: Tensor, parameter: Tensor | None) -> Tensor:
         return nothing() if parameter is None else gradient.to(parameter.dtype)
 
+    dD, dbias = sums_of_time.sum((1, 2))
     return (
         like(dx, x),
         like(ddt, dt),
         like(dA.sum((0, 1))[:, :d_state], A),
         weight(dB, B, inputs.B),
         weight(dC, C, inputs.C),
-        like(dD.sum((0, 1)), D),
+        like(dD, D),
         like(dz, z),
-        like(dbias.sum((0, 1)), dt_bias),
+        like(dbias, dt_bias),
         dinitial,
     )
 
@@ -362,8 +364,7 @@ class _Inputs:
 
     def options(self, *others: Tensor, channels: int = 0) -> dict[str, int | str]:
         """What the kernels are compiled for: these tensors, and `others` that they read."""
-        width, channels = self.x.shape[2] // self.groups, channels or self.form.channels
-        is_aligned = lanes(channels, width, self.x, self.dt, self.z, *others) == channels
+        channels = channels or self.form.channels
         return {
             "IO": TYPES[self.io],
             "B_VARIES": int(self.B.ndim > 2),
@@ -371,8 +372,19 @@ class _Inputs:
             "HAS_Z": int(self.z is not None),
             "SOFTPLUS": int(self.dt_softplus),
             "HAS_RESTART": int(self.restart is not None),
-            "ALIGNED": int(is_aligned),
+            "ALIGNED": int(self.neighbours(channels, *others) == channels),
         }
+
+    def neighbours(self, most: int, *others: Tensor) -> int:
+        """How many channels of these tensors, and of `others`, one access may move."""
+        return lanes(most, self.x.shape[2] // self.groups, self.x, self.dt, self.z, *others)
+
+    def backward_options(self, dout: Tensor) -> dict[str, int | str]:
+        """As `options`, of the backward."""
+        copied = self.neighbours(self.form.copied(self.x.element_size()), dout)
+        weights = [W for W in (self.B, self.C) if W.ndim > 2]
+        is_aligned = all(lanes(4, W.shape[-1], W) == 4 for W in weights)
+        return {**self.options(dout), "COPIED": copied, "WEIGHTS_ALIGNED": int(is_aligned)}
 
     def run_narrow(self, *arguments: Any) -> None:
         """Launch `scan_narrow`."""

@@ -6,6 +6,7 @@ import pytest
 
 from mambakit.ops.cuda.scan_layout import (
     BACKWARD,
+    FEW_BACKWARD,
     FORWARD,
     NARROW,
     NARROW_PACE,
@@ -33,8 +34,17 @@ def test_a_warp_holds_every_state_of_its_channels(d_state: int, is_complex: bool
 def test_a_block_fits_on_every_gpu(d_state: int) -> None:
     form = layout(d_state, is_complex=False)
     assert form.forward_bytes() <= SHARED_LIMIT
-    for is_few in (False, True) if form.on_tensor_cores else (False,):
-        assert form.backward_bytes(4, is_few) <= SHARED_LIMIT
+    assert form.backward_bytes(4) <= SHARED_LIMIT
+    assert form.save_every % form.backward_segment(False) == 0
+
+
+@pytest.mark.parametrize("io_bytes", [2, 4])
+def test_so_many_blocks_find_room_as_the_kernels_have_registers_for(io_bytes: int) -> None:
+    """On an H100, of whose 228 KB of shared memory each block takes 1 KB for itself; but for float32 of many blocks."""
+    form = layout(16, is_complex=False)
+    for pace, is_few in ((BACKWARD, False), (FEW_BACKWARD, True)):
+        resident = 2 if io_bytes == 4 else pace.resident
+        assert resident * (form.backward_bytes(io_bytes, is_few) + 1024) <= 228 * 1024
         assert form.save_every % form.backward_segment(is_few) == 0
 
 

@@ -33,17 +33,16 @@ def inputs(
 
 @pytest.mark.parametrize(
     ("batch", "seqlen", "channels"),
-    [(1, 65536, 1536), (2, 32768, 1536), (8, 2048, 1536), (1, 2048, 5120), (1, 1024, 1536)],
+    [(1, 65536, 1536), (8, 2048, 1536), (1, 2048, 5120), (4, 2048, 4096), (8, 2048, 5120)],
 )
-def test_few_channels_are_walked_in_one_pass(batch: int, seqlen: int, channels: int) -> None:
+def test_channels_are_walked_in_one_pass(batch: int, seqlen: int, channels: int) -> None:
     assert inputs(batch, seqlen, channels).is_narrow()
 
 
 @pytest.mark.parametrize(
-    ("batch", "seqlen", "channels"),
-    [(8, 2048, 5120), (4, 2048, 4096), (1, 65536, 1024), (1, 65536, 64)],
+    ("batch", "seqlen", "channels"), [(1, 65536, 1024), (2, 8192, 512), (1, 65536, 64)]
 )
-def test_many_channels_and_very_few_are_not(batch: int, seqlen: int, channels: int) -> None:
+def test_very_few_channels_are_not(batch: int, seqlen: int, channels: int) -> None:
     assert not inputs(batch, seqlen, channels).is_narrow()
 
 

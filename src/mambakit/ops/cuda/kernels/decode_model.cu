@@ -20,8 +20,9 @@ constexpr int STEERING = RANK + 2 * D_STATE;
 constexpr int LANE_STATES = 4;                   // neighbouring states of a lane of the scan
 constexpr int SPREAD = D_STATE / LANE_STATES;     // lanes that share a channel
 constexpr int PAST = TAPS - 1;
-constexpr int TURNS = MOST_ROWS / 32;            // rows of a matrix, or channels, of a lane that ends them
-static_assert(BATCH <= WARPS);                   // warp b ends row b of the batch
+constexpr int ENDERS = BATCH < WARPS ? 2 : 1;     // neighbouring warps that end a row of the batch
+constexpr int TURNS = MOST_ROWS / 32 / ENDERS;   // rows of a matrix, or channels, of one of their lanes
+static_assert(BATCH * ENDERS <= WARPS && MOST_ROWS == 64);
 
 struct Layer {
   const IO *norm, *in_proj, *conv, *conv_bias, *x_proj, *dt_proj;
@@ -31,13 +32,21 @@ struct Layer {
   float* ssm_state;   // (B, D, N), with neighbouring states side by side
 };
 
+// Places of even and of odd layers. Not an array: an index that is not known would be looked up in a cache that is seldom warm.
+template <class T> struct InTurn {
+  T *even, *odd;
+  __device__ __forceinline__ T* of(int l) const { return l % 2 == 0 ? even : odd; }
+};
+
 struct Model {
   Layer layers[LAYERS];
   const TOKEN* tokens;                       // (B,)
   const IO *embedding, *norm_f, *head;       // (V, M), (M,), (V, M)
   IO* logits;                                // (B, V)
-  float *streams[2], *steering;              // what blocks exchange, all ones at first: (B, M), in turn; (B, R + 2 N);
-  IO *x, *ys[2];                             // (B, D); (B, D), in turn
+  InTurn<float> streams;                     // what blocks exchange, all ones at first: (B, M);
+  float* steering;                           // (B, R + 2 N);
+  IO* x;                                     // (B, D);
+  InTurn<IO> ys;                             // (B, D)
   unsigned* arrived;                         // for the keeper, -1 at first
   int64 batch, vocab, conv_batch, conv_channel, conv_tap, ssm_batch, ssm_channel;
   double eps[LAYERS + 1];                    // of the norm of each layer, and of the last
@@ -75,6 +84,7 @@ __device__ __forceinline__ void send_all(RowSender sender, const Model& model, c
   for (int l = 0; l < LAYERS; ++l) {
     const Layer& layer = model.layers[l];
     const IO* const z = layer.in_proj + (int64)(CHANNELS + channel) * WIDTH;
+    sender.send_rows<WIDTH>(layer.norm, 1, WIDTH);
     sender.send_eights<PART, WIDTH>(layer.in_proj + (int64)channel * WIDTH, count);
     sender.send_eights<PART, WIDTH>(z, own.early);
     if (own.steering.count > 0)
@@ -83,18 +93,19 @@ __device__ __forceinline__ void send_all(RowSender sender, const Model& model, c
     sender.send_rows<RANK>(layer.dt_proj + (int64)channel * RANK, count, RANK);
     sender.send_eights<PART, CHANNELS>(layer.out_proj + (int64)own.stream.first * CHANNELS, own.stream.count);
   }
+  sender.send_rows<WIDTH>(model.norm_f, 1, WIDTH);
   sender.send_eights<PART, WIDTH>(model.head + (int64)own.head.first * WIDTH, own.head.count);
 }
 
-// The step of the convolution of some channels of one row of the batch: a warp, a lane a channel.
+// The step of the convolution of some channels of one row of the batch, from own_first on, 32 ENDERS further each turn.
 struct Convolution {
   IO* state[TURNS];
   IO inputs[TURNS][PAST + 1], filters[TURNS][TAPS], offsets[TURNS];
 
-  __device__ __forceinline__ void read(const Model& model, const Layer& layer, Rows channels, int b) {
+  __device__ __forceinline__ void read(const Model& model, const Layer& layer, Rows channels, int b, int own_first) {
 #pragma unroll
     for (int i = 0; i < TURNS; ++i) {
-      const int own = threadIdx.x % 32 + 32 * i;
+      const int own = own_first + 32 * ENDERS * i;
       const int64 channel = channels.first + own;
       if (own >= channels.count) continue;
       state[i] = layer.conv_state + b * model.conv_batch + channel * model.conv_channel;
@@ -122,42 +133,49 @@ struct Convolution {
 struct Block {
   const Model& model;
   Shared& shared;
-  const Own own;
+  Own own;
   RingProduct product;
   const int batch, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int ended = warp / ENDERS;  // row of the batch that this warp, with its neighbours, ends
+  int first_ended = warp % ENDERS * 32 + lane;
 
-  // Does it for this lane's rows of a matrix of the row of the batch that this warp ends.
+  // What addresses are made of, so that the compiler makes them where they are used. Else it keeps all of them from layer to
+  // layer, and spills them.
+  __device__ __forceinline__ void forget_addresses() {
+    Lane& at = product.lane;
+    asm volatile("" : "+r"(own.channels.first), "+r"(own.steering.first), "+r"(own.stream.first), "+r"(ended), "+r"(first_ended));
+    asm volatile("" : "+r"(at.warp), "+r"(at.row), "+r"(at.column));
+  }
+
+  // Does it for this lane's rows of a matrix.
   template <class Do> __device__ __forceinline__ void each(int count, Do do_for) const {
-    if (warp >= batch) return;
+    if (ended >= batch) return;
 #pragma unroll
     for (int i = 0; i < TURNS; ++i)
-      if (const int row = lane + 32 * i; row < count) do_for(i, row);
+      if (const int row = first_ended + 32 * ENDERS * i; row < count) do_for(i, row);
   }
 
   __device__ __forceinline__ void embed() {
-    if (warp >= batch) return;
-    const int64 token = model.tokens[warp];
+    if (ended >= batch) return;
+    const int64 token = model.tokens[ended];
     if (token < 0 || token >= model.vocab) __trap();  // as PyTorch's own lookup does
     const IO* const row = model.embedding + token * WIDTH + own.stream.first;
-    write_stream(model.streams[0], [&](int m) { return to_float(row[m]); });
+    write_stream(model.streams.of(0), [&](int m) { return to_float(row[m]); });
   }
 
-  // What this block has of the stream, of the row of the batch that this warp ends.
+  // What this block has of the stream.
   template <class Value> __device__ __forceinline__ void write_stream(float* stream, Value value) {
     each(own.stream.count, [&](int, int m) {
       const float r = value(m);
-      shared.residual[warp][m] = r;
-      stream[warp * WIDTH + own.stream.first + m] = r;
+      shared.residual[ended][m] = r;
+      stream[ended * WIDTH + own.stream.first + m] = r;
     });
   }
 
-  __device__ __forceinline__ void receive_normed(Factor<WIDTH / PART>& x, const float* stream, const IO* norm, float eps) {
+  __device__ __forceinline__ void receive_normed(Factor<WIDTH / PART>& x, const float* stream, float eps) {
     constexpr int ALL = WIDTH / PART * CHUNKS;
     const Lane& at = product.lane;
-    Vector<IO, 8> weights[ALL];
     uint4 words[2 * ALL];
-#pragma unroll
-    for (int i = 0; i < ALL; ++i) weights[i] = ::read<8>(norm + at.number() + Lane::further(i));
     receive<float>(
         words, stream + at.row * WIDTH + at.number(), [](int i) { return Lane::further(i / 2) + 4 * (i % 2); },
         [&](int) { return at.row < batch; });
@@ -178,38 +196,42 @@ struct Block {
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) sum += shared.squares[w][at.row];
     const float scale = 1.0f / sqrtf(sum / WIDTH + eps);
+    const IO* const weights = reinterpret_cast<const IO*>(product.await_slot()) + at.number();
 #pragma unroll
     for (int i = 0; i < ALL; ++i) {
+      const Vector<IO, 8> weight = ::read<8>(weights + Lane::further(i));
       const auto two = [&](int j) {
-        const auto normed = [&](int k) { return number(8 * i + k) * scale * to_float(weights[i].items[k]); };
+        const auto normed = [&](int k) { return number(8 * i + k) * scale * to_float(weight.items[k]); };
         return pack<IO>(normed(j), normed(j + 1));
       };
-      x.words[i] = uint4{two(0), two(2), two(4), two(6)};
+      x.words[i] = factor(two(0), two(2), two(4), two(6));
     }
+    product.release();
   }
 
   // x of in_proj, after the convolution, for all blocks; z; and between them what steers the scan.
   __device__ __forceinline__ void in_proj_and_x_proj(const Layer& layer, int l) {
     Convolution convolution;
-    if (warp < batch) convolution.read(model, layer, own.channels, warp);
+    if (ended < batch) convolution.read(model, layer, own.channels, ended, first_ended);
     Factor<WIDTH / PART> normed;
-    receive_normed(normed, model.streams[l % 2], layer.norm, (float)model.eps[l]);
+    receive_normed(normed, model.streams.of(l), (float)model.eps[l]);
     product.eights(shared.sums, 0, own.channels.count, normed);
     meet();
     each(own.channels.count, [&](int i, int c) {
-      const IO x = from_float<IO>(convolution.step(i, product.sum(shared.sums, warp, c), model.conv_tap));
-      model.x[warp * CHANNELS + own.channels.first + c] = x;
-      shared.x[warp][c] = to_float(x);
+      const IO x = from_float<IO>(convolution.step(i, product.sum(shared.sums, ended, c), model.conv_tap));
+      model.x[ended * CHANNELS + own.channels.first + c] = x;
+      shared.x[ended][c] = to_float(x);
     });
     product.eights(shared.z_sums, 0, own.early, normed);
 
+    forget_addresses();
     if (l > 0) shared.keeper.emptied_everywhere.await((l - 1) & 1);
     Factor<CHANNELS / PART> x;
     product.receive_x(x, model.x);
     product.few(shared.sums, own.steering.count, x);
     meet();
     each(own.steering.count, [&](int, int row) {
-      model.steering[warp * STEERING + own.steering.first + row] = product.sum(shared.sums, warp, MOST_ROWS + row);
+      model.steering[ended * STEERING + own.steering.first + row] = product.sum(shared.sums, ended, MOST_ROWS + row);
     });
     product.eights(shared.z_sums, own.early, own.channels.count - own.early, normed);
   }
@@ -234,7 +256,7 @@ struct Block {
     meet();
     project_dt();
     each(own.channels.count, [&](int, int c) {
-      shared.z[warp][c] = to_float(from_float<IO>(product.sum(shared.z_sums, warp, c)));
+      shared.z[ended][c] = to_float(from_float<IO>(product.sum(shared.z_sums, ended, c)));
     });
     meet();
 #pragma unroll
@@ -282,7 +304,7 @@ struct Block {
       if (k < RANK) w = *reinterpret_cast<const uint4*>(rows + row * (RANK * (int)sizeof(IO) + GAP) + k * sizeof(IO));
       if (k < RANK && at.row < batch) {
         const float* const x = shared.steering[at.row] + k;
-        low = uint4{pack<IO>(x[0], x[1]), pack<IO>(x[2], x[3]), pack<IO>(x[4], x[5]), pack<IO>(x[6], x[7])};
+        low = factor(pack<IO>(x[0], x[1]), pack<IO>(x[2], x[3]), pack<IO>(x[4], x[5]), pack<IO>(x[6], x[7]));
       }
       eight.add(low, w, c);
     }
@@ -294,21 +316,20 @@ struct Block {
 
   __device__ __forceinline__ void out_proj(int l) {
     Factor<CHANNELS / PART> y;
-    product.receive_x(y, model.ys[l % 2]);
+    product.receive_x(y, model.ys.of(l));
     product.eights(shared.sums, 0, own.stream.count, y);
     meet();
-    if (warp < batch)
-      write_stream(model.streams[(l + 1) % 2], [&](int m) { return shared.residual[warp][m] + product.sum(shared.sums, warp, m); });
+    write_stream(model.streams.of(l + 1), [&](int m) { return shared.residual[ended][m] + product.sum(shared.sums, ended, m); });
     empty_places(l);
   }
 
   // All of y has come to this block: so all blocks have read what this layer's y is made of, and the last layer's y.
   __device__ __forceinline__ void empty_places(int l) {
-    each(own.stream.count, [&](int, int m) { empty(model.streams[l % 2] + warp * WIDTH + own.stream.first + m); });
-    each(own.steering.count, [&](int, int row) { empty(model.steering + warp * STEERING + own.steering.first + row); });
+    each(own.stream.count, [&](int, int m) { empty(model.streams.of(l) + ended * WIDTH + own.stream.first + m); });
+    each(own.steering.count, [&](int, int row) { empty(model.steering + ended * STEERING + own.steering.first + row); });
     each(own.channels.count, [&](int, int c) {
-      const int64 place = (int64)warp * CHANNELS + own.channels.first + c;
-      empty(model.x + place), empty(model.ys[(l + 1) % 2] + place);
+      const int64 place = (int64)ended * CHANNELS + own.channels.first + c;
+      empty(model.x + place), empty(model.ys.of(l + 1) + place);
     });
     __syncwarp();
     if (lane == 0) shared.keeper.emptied_here.arrive();
@@ -316,7 +337,7 @@ struct Block {
 
   __device__ __forceinline__ void head() {
     Factor<WIDTH / PART> normed;
-    receive_normed(normed, model.streams[LAYERS % 2], model.norm_f, (float)model.eps[LAYERS]);
+    receive_normed(normed, model.streams.of(LAYERS), (float)model.eps[LAYERS]);
     bool odd = false;
     for (int first = 0; first < own.head.count; first += MOST_ROWS, odd = !odd) {
       Sums& sums = odd ? shared.z_sums : shared.sums;  // in turn, so that they are read while the next ones come
@@ -324,7 +345,7 @@ struct Block {
       product.eights(sums, 0, count, normed);
       meet();
       each(count, [&](int, int row) {
-        model.logits[warp * model.vocab + own.head.first + first + row] = from_float<IO>(product.sum(sums, warp, row));
+        model.logits[ended * model.vocab + own.head.first + first + row] = from_float<IO>(product.sum(sums, ended, row));
       });
     }
   }
@@ -350,8 +371,11 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, 1) decode_model(c
   Block block{model, shared, own, RingProduct(memory, shared.barriers, (int)model.batch), (int)model.batch};
   block.embed();
   for (int l = 0; l < LAYERS; ++l) {
+    block.forget_addresses();
     block.in_proj_and_x_proj(model.layers[l], l);
-    block.scan(model.layers[l], model.ys[l % 2]);
+    block.forget_addresses();
+    block.scan(model.layers[l], model.ys.of(l));
+    block.forget_addresses();
     block.out_proj(l);
   }
   block.head();

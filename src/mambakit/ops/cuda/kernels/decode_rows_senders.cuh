@@ -4,7 +4,7 @@
 #include "decode_rows_model.cuh"
 
 // The weights and states of this block, in the order of their use.
-__device__ __forceinline__ void send_weights(Sender<SLOTS, SLOT, IN_FLIGHT> ring, const Model& model, const Place& at) {
+__device__ __forceinline__ void send_weights(Sender<SLOTS, SLOT, IN_FLIGHT * SLOT> ring, const Model& model, const Place& at) {
   const int lane = threadIdx.x % 32, k = at.rank * (WIDTH / CLUSTER), long_k = at.rank * (CHANNELS / CLUSTER);
 #pragma unroll 1
   for (int l = 0; l < LAYERS; ++l) {
@@ -85,7 +85,7 @@ __device__ __forceinline__ void await_clusters(const Count* counts, int times, i
 }
 
 // x of each product, for which other blocks are waited for.
-__device__ __forceinline__ void send_x(Sender<X_SLOTS, X_SLOT, X_SLOTS> ring, const Model& model, const Place& at) {
+__device__ __forceinline__ void send_x(Sender<X_SLOTS, X_SLOT, X_SLOTS * X_SLOT> ring, const Model& model, const Place& at) {
   const int lane = threadIdx.x % 32;
   int from = 0, to = 0;  // clusters that make this block's part of k
   for (int c = 0; c < CLUSTERS; ++c) {

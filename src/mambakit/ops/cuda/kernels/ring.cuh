@@ -5,9 +5,10 @@
 #pragma once
 #include "block_barrier.cuh"
 
-// full: the copies have arrived. empty: all takers have released the slot.
+// full: the copies have arrived. empty: all takers have released the slot. bytes: that were sent last.
 template <int COUNT> struct RingBarriers {
   BlockBarrier full[COUNT], empty[COUNT];
+  int bytes[COUNT];
 
   __device__ __forceinline__ void make(int takers) {
     for (int i = 0; i < COUNT; ++i) full[i].make(1), empty[i].make(takers);
@@ -23,31 +24,34 @@ template <int COUNT, int BYTES> struct Ring {
 
   __device__ __forceinline__ Ring(char* memory, RingBarriers<COUNT>& barriers) : memory(memory), barriers(barriers) {}
 
- protected:
   __device__ __forceinline__ void advance() {
     if (++slot == COUNT) slot = 0, turn ^= 1;
   }
 };
 
-// A whole warp. FLYING: slots that may be on their way at the same time. More keep the memory no busier, but what the takers then
+// A whole warp. FLYING: bytes that may be on their way at the same time. More keep the memory no busier, but what the takers then
 // read by themselves waits longer behind them.
 template <int COUNT, int BYTES, int FLYING> struct Sender : Ring<COUNT, BYTES> {
-  int sent = 0;  // slots
-  using Ring<COUNT, BYTES>::Ring;
+  Ring<COUNT, BYTES> oldest;  // slot of those on their way
+  int in_flight = 0;          // bytes
+
+  __device__ __forceinline__ Sender(char* memory, RingBarriers<COUNT>& barriers)
+      : Ring<COUNT, BYTES>(memory, barriers), oldest(memory, barriers) {}
 
   // One slot: do_copy(its barrier, its memory) copies so many bytes.
   template <class Copy> __device__ __forceinline__ void send(int bytes, Copy do_copy) {
     const int slot = this->slot;
-    const unsigned turn = this->turn;
-    this->barriers.empty[slot].await(turn ^ 1);  // at once in the first turn
-    if (FLYING < COUNT && sent++ >= FLYING) {
-      const bool is_of_last_turn = slot < FLYING;
-      this->barriers.full[is_of_last_turn ? slot + COUNT - FLYING : slot - FLYING].await(turn ^ is_of_last_turn);
+    RingBarriers<COUNT>& barriers = this->barriers;
+    barriers.empty[slot].await(this->turn ^ 1);  // at once in the first turn
+    while (in_flight > 0 && (in_flight + bytes > FLYING || oldest.slot == slot)) {
+      barriers.full[oldest.slot].await(oldest.turn);
+      in_flight -= barriers.bytes[oldest.slot];
+      oldest.advance();
     }
-    BlockBarrier& full = this->barriers.full[slot];
-    if (threadIdx.x % 32 == 0) full.arrive_for(bytes);
+    if (threadIdx.x % 32 == 0) barriers.full[slot].arrive_for(bytes), barriers.bytes[slot] = bytes;
     __syncwarp();
-    do_copy(full, this->memory + slot * BYTES);
+    do_copy(barriers.full[slot], this->memory + slot * BYTES);
+    in_flight += bytes;
     this->advance();
   }
 };

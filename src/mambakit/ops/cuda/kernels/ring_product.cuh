@@ -22,10 +22,16 @@ constexpr int SUMS_ROW = MOST_ROWS + 8;          // with room that keeps rows of
 
 using Sums = float[WARPS][BATCH][SUMS_ROW];
 
-// x of a warp, of COUNT times PART numbers along k; of rows that do not exist zeros.
+// x of a warp, of COUNT times PART numbers along k, each word as `factor` orders it; of rows that do not exist zeros.
 template <int COUNT> struct Factor {
   uint4 words[COUNT * CHUNKS];
 };
+
+// Sixteen bytes of x as the instruction's first factor, which has sixteen rows: eight of the batch with the first half of the
+// numbers, and the same eight with the second.
+__device__ __forceinline__ uint4 factor(unsigned first, unsigned second, unsigned third, unsigned fourth) {
+  return uint4{first, third, second, fourth};
+}
 
 struct Lane {
   int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 8;
@@ -39,16 +45,18 @@ struct Lane {
 struct Eight {
   float sums[4][4] = {};
 
+  // Half of what each instruction gives is of no use: products of one half of x with the other of w.
   __device__ __forceinline__ void add(const uint4& x, const uint4& w, int chunk) {
-    multiply_add<IO>(sums[chunk % 2 * 2], uint4{x.x, 0, x.y, 0}, w.x, w.y);
-    multiply_add<IO>(sums[chunk % 2 * 2 + 1], uint4{x.z, 0, x.w, 0}, w.z, w.w);
+    multiply_add<IO>(sums[chunk % 2 * 2], x, w.x, w.y);
+    multiply_add<IO>(sums[chunk % 2 * 2 + 1], x, w.z, w.w);
   }
 
   // Of two neighbouring rows of the matrix and one row of x.
-  __device__ __forceinline__ float sum(int i) const { return (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]); }
+  __device__ __forceinline__ float sum(int i) const { return (sums[0][i] + sums[1][2 + i]) + (sums[2][i] + sums[3][2 + i]); }
 };
 
-// CHUNKS of a warp in a slot, from this lane's first number on.
+// CHUNKS of a warp in a slot, from this lane's first number on. (To read a slot while the one before is multiplied takes
+// registers that are not there, and spilling costs more.)
 __device__ __forceinline__ void multiply(Eight& eight, const uint4* x, const char* at) {
   uint4 w[CHUNKS];
 #pragma unroll
@@ -69,6 +77,8 @@ struct RingProduct : Taker<SLOTS, SLOT> {
     receive<IO>(
         x.words, from + lane.row * COUNT * PART + lane.number(), [](int i) { return Lane::further(i); },
         [&](int) { return lane.row < batch; });
+#pragma unroll
+    for (uint4& word : x.words) word = factor(word.x, word.y, word.z, word.w);
   }
 
   // Rows of a matrix that were sent in eights. To sums from `first` on.

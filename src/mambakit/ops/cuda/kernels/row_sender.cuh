@@ -1,7 +1,7 @@
 // Rows of matrices through a ring, with a gap between neighbours so that a warp can read eight rows at a time without two of them
 // in the same banks.
 //
-// SLOTS: of the ring. IN_FLIGHT: slots that may be on their way at the same time. SLOT: bytes of a slot.
+// SLOTS: of the ring. IN_FLIGHT: bytes that may be on their way at the same time. SLOT: bytes of a slot.
 #pragma once
 #include "ring.cuh"
 

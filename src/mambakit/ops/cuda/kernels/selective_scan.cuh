@@ -55,6 +55,9 @@ constexpr float A_UNIT = 1.0f;
 FORCE_INLINE Number zero() { return make_float2(0.0f, 0.0f); }
 FORCE_INLINE Number scaled(float s, Number a) { return make_float2(s * a.x, s * a.y); }
 FORCE_INLINE Number multiply(Number a, Number b) { return make_float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x); }
+FORCE_INLINE Number multiply_add(Number a, Number b, Number c) {
+  return make_float2(fmaf(a.x, b.x, fmaf(-a.y, b.y, c.x)), fmaf(a.x, b.y, fmaf(a.y, b.x, c.y)));
+}
 // s a + b
 FORCE_INLINE Number scale_add(float s, Number a, Number b) { return make_float2(fmaf(s, a.x, b.x), fmaf(s, a.y, b.y)); }
 FORCE_INLINE Number conj(Number a) { return make_float2(a.x, -a.y); }
@@ -89,6 +92,7 @@ constexpr float A_UNIT = LOG2_E;  // A is held times log2 e, so that a decay is 
 FORCE_INLINE Number zero() { return 0.0f; }
 FORCE_INLINE Number scaled(float s, Number a) { return s * a; }
 FORCE_INLINE Number multiply(Number a, Number b) { return a * b; }
+FORCE_INLINE Number multiply_add(Number a, Number b, Number c) { return fmaf(a, b, c); }
 FORCE_INLINE Number scale_add(float s, Number a, Number b) { return fmaf(s, a, b); }
 FORCE_INLINE Number conj(Number a) { return a; }
 FORCE_INLINE float real_product(Number a, Number b, float sum) { return fmaf(a, b, sum); }
@@ -207,16 +211,20 @@ FORCE_INLINE Place place(int64 groups, int64 width) {
   return p;
 }
 
-// softplus(v) = max(v, 0) + log(1 + e),  e = exp(-|v|);  with s = e / (2 + e), log(1 + e) = 2 artanh(s), |s| <= 1/3.
-// Its error is relative to the result for every v; log2(1 + e) would lose a small e.
+// softplus(v) = max(v, 0) + log(1 + e),  e = exp(-|v|).  log(1 + e) is e times a minimax polynomial, with 3e-8 of the result: its
+// error is relative for every v; log2(1 + e) would lose a small e, and a quotient would need another special function.
 FORCE_INLINE float softplus(float v) {
   const float e = exponential(-fabsf(v));
-  const float s = e * inverse(2.0f + e), square = s * s;
-  float p = 0.13425749f;  // minimax of (artanh(s) / s - 1) / s^2 in s^2
-  p = fmaf(p, square, 0.1411831f);
-  p = fmaf(p, square, 0.2000378f);
-  p = fmaf(p, square, 0.3333332f);
-  return fmaf(2.0f * s, fmaf(p, square, 1.0f), fmaxf(v, 0.0f));
+  float p = 0.0053648246f;
+  p = fmaf(p, e, -0.030065794f);
+  p = fmaf(p, e, 0.079204537f);
+  p = fmaf(p, e, -0.13753803f);
+  p = fmaf(p, e, 0.19153655f);
+  p = fmaf(p, e, -0.24857163f);
+  p = fmaf(p, e, 0.33321324f);
+  p = fmaf(p, e, -0.49999648f);
+  p = fmaf(p, e, 1.0f);
+  return fmaf(p, e, fmaxf(v, 0.0f));
 }
 
 // The time step of a lane's channel from its raw value; steps past the end are identities: dt = 0. A product, since a choice
@@ -232,19 +240,24 @@ template <int STEPS> struct Fetch {
 
   // `count` steps from `rows` on exist.
   FORCE_INLINE void get(const Weight* rows, int64 time_stride, int64 count, int d_state) {
+    const int thread = EARLY ? threadIdx.x : opaque((int)threadIdx.x);  // or all addresses would be made before the loop, and spilled
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
-      const int i = k * 32 * WARPS + threadIdx.x, step = i / PADDED, n = i % PADDED;
+      const int i = k * 32 * WARPS + thread, step = i / PADDED, n = i % PADDED;
       const bool exists = step < STEPS && step < count && n < d_state;
       if (exists) held[k] = rows[step * time_stride + n];
       else held[k] = Weight{};
     }
   }
   FORCE_INLINE void put(Number (*tile)[PADDED]) const {
+    put([&](int step, int n, Weight w) { tile[step][n] = to_number(w); });
+  }
+  // To where `keep` says.
+  template <class Keep> FORCE_INLINE void put(Keep keep) const {
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
       const int i = k * 32 * WARPS + threadIdx.x;
-      if (i < STEPS * PADDED) (&tile[0][0])[i] = to_number(held[k]);
+      if (i < STEPS * PADDED) keep(i / PADDED, i % PADDED, held[k]);
     }
   }
 };

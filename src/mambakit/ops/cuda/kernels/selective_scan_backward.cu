@@ -3,48 +3,77 @@
 //     l_t = C_t* dy_t + exp(dt_{t+1} A)* l_{t+1}          the adjoint of h_t, backwards in time
 //     dC_t = dy_t h_t*       dB_t = dt_t x_t l_t          sums over the channels of a group
 //     dx_t = dt_t Re(sum_n B_t* l_t) + D dy_t
-//     q_t = l_t (exp(dt_t A) h_{t-1})*
+//     q_t = exp(dt_t A)* l_t h_{t-1}*
 //     dA = sum_t dt_t q_t    ddt_t = Re(sum_n A* q_t) + x_t Re(sum_n B_t* l_t),  then through the softplus
 //
 // The states h are not stored: the forward saved one every TILE steps. From it a warp first walks to each SEGMENT of the tile
 // and leaves the state there in shared memory; then, from the last segment to the first, it walks the segment again with
-// exp(dt A) and exp(dt A) h in registers, and back with the adjoint. Lanes and channels are as in selective_scan.cuh.
+// exp(dt A) and h in registers, and back with the adjoint. Lanes and channels are as in selective_scan.cuh.
 //
-// SEGMENT: 4, or 8 where few blocks leave each the registers for it.
+// Sums over channels: lanes to warp within a segment (channel_sums.cuh), warps to block through shared memory at the end of a
+// tile, and one row a block to global memory, which scan_add_parts adds in order. So every sum has one order, and no atomics.
 //
-// Sums over channels go through shared memory: lanes to warp at the end of a segment, warps to block at the end of a tile,
-// and one row a block to global memory, which scan_add_parts adds in order. So every sum has one order, and no atomics.
+// Constants beside those of selective_scan.cuh:
+//     SEGMENT                 4, or 8 where few blocks leave each the registers for it
+//     COPIED                  neighbouring channels that can be copied at a time
+//     WEIGHTS_ALIGNED         whether four neighbouring states of B and C can
 #include "selective_scan.cuh"
 
 constexpr int TILE = SAVE_EVERY;
 #include "channel_sums.cuh"
+#include "weight_rows.cuh"
 
-constexpr int ROUNDS = SEGMENT > SPREAD ? SEGMENT / SPREAD : 1;  // steps of a segment that a lane prepares
+constexpr bool ON_TENSOR_CORES = ChannelSums::ON_TENSOR_CORES;
+constexpr bool COPIES_WEIGHTS = IN_WORDS && WEIGHTS_ALIGNED;
 constexpr int SEGMENTS = TILE / SEGMENT;
+constexpr int TILE_ROUNDS = (TILE + SPREAD - 1) / SPREAD;         // steps of a tile that are a lane's own
+constexpr int ROUNDS = SEGMENT > SPREAD ? SEGMENT / SPREAD : 1;   // and of a segment
+constexpr int COPIES = BLOCK_CHANNELS / COPIED;                   // of a step of the block's channels
+constexpr int ROW = 32 + (ON_TENSOR_CORES ? 0 : SLOTS);           // lanes; with a gap, against bank conflicts
 
 // A part of the sums over n: Re(B* l) and Re(A* q).
 struct alignas(CHANNELS == 1 ? 8 : 16) Sums { float B[CHANNELS], A[CHANNELS]; };
 
+struct alignas(8 * CHANNELS) Two { Floats of[2]; };          // of two steps
+struct alignas(8 * CHANNELS) Fixed { Floats bias, skip; };   // of all steps
+
+// The states of a warp, in an order in which neither the lanes that use them nor those that copy them, row after row, have bank
+// conflicts.
+struct WarpStates {
+  States of[ON_TENSOR_CORES ? 36 + 32 : CHANNELS * 32];
+
+  static FORCE_INLINE int place(int j, int part, int slot) {
+    return ON_TENSOR_CORES ? j * 36 + part * 8 + (slot ^ part) : j * 32 + part * SLOTS + slot;
+  }
+};
+
+// What is left of a segment: the states before it, until it is walked again, and then its sums over channels.
+union Left {
+  WarpStates before;
+  ChannelSums::Totals sums;
+};
+
 // What a warp has for itself.
 struct Scratch {
   Step steps[TILE][SLOTS];
-  Channels x[2][TILE][SLOTS], dt[2][TILE][SLOTS], z[2][TILE][SLOTS], dout[2][TILE][SLOTS];  // of this tile and the next
-  float bias[CHANNELS][32], skip[CHANNELS][32];
-  Floats dy[SEGMENT][SLOTS];
-  States start[CHANNELS][32];                         // the state before the tile
-  States starts[SEGMENTS - 1][CHANNELS][32];          // and before each segment but the first
-  Floats y[SEGMENT][(SPREAD + 1) * SLOTS];            // parts of sum C h; a gap after each row, against bank conflicts
-  Sums sums[SEGMENT][(SPREAD + 1) * SLOTS];
-  Sum dD[CHANNELS][32], dbias[CHANNELS][32];          // over all time, of the steps of each lane
+  alignas(16) Channels x[2][TILE][SLOTS], dt[2][TILE][SLOTS], z[2][TILE][SLOTS], dout[2][TILE][SLOTS];  // of this tile and the next
+  Fixed fixed[SLOTS];
+  Two dy[SEGMENT / 2][SLOTS];
+  WarpStates start[2];                                // before this tile and the next
+  Left left[SEGMENTS];
+  Two y[SEGMENT / 2][ROW];                            // parts of sum C h
+  Sums sums[SEGMENT][ROW];
+  Sum dD[CHANNELS][SLOTS], dbias[CHANNELS][SLOTS];    // over all time
   float restarts[TILE];
-  ChannelSums::Scratch weights;
+  const IO* next[4][32];                              // what a lane copies for the next tile: addresses, for which registers are short
+  int64 out[SLOTS];                                   // and where its outputs are, of the first step of time
+  ChannelSums::Scratch to_sum;
 };
 
 // Of the whole block.
 struct Shared {
   Scratch scratch[WARPS];
-  Number B[2][TILE][PADDED], C[2][TILE][PADDED];
-  Number weights[WARPS][TILE][2][PADDED];             // dB and dC, summed over the channels of each warp
+  WeightRows::Tile weights[2];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "ops/cuda/selective_scan.py counts the same bytes");
 
@@ -61,7 +90,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
   extern __shared__ __align__(16) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
 
-  const int d_state = (int)d_state_, lane = threadIdx.x % 32;
+  const int d_state = (int)d_state_;
+  const unsigned lane = threadIdx.x % 32;
   const Place at = place(groups, d_inner / groups);
   Scratch& own = shared.scratch[at.warp];
   const bool is_own = SPREAD <= SEGMENT || at.part < SEGMENT;  // has a step in every round
@@ -72,6 +102,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 
   States a[CHANNELS], adjoint[CHANNELS], dA[CHANNELS], B_fixed[CHANNELS], C_fixed[CHANNELS], dB_fixed[CHANNELS], dC_fixed[CHANNELS];
   ChannelSums channel_sums;
+  const WeightRows weight_rows;
   // adjoint holds exp(dt_{t+1} A)* l_{t+1}. After the last step that is the gradient of the final state.
 #pragma unroll
   for (int j = 0; j < CHANNELS; j++) {
@@ -85,9 +116,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
       a[j].of[n] = scaled(A_UNIT, a[j].of[n]);
       dA[j].of[n] = zero(), dB_fixed[j].of[n] = zero(), dC_fixed[j].of[n] = zero();
     }
-    own.bias[j][lane] = dt_bias && j < at.count ? dt_bias[at.channel + j] : 0.0f;
-    own.skip[j][lane] = D && j < at.count ? D[at.channel + j] : 0.0f;
-    own.dD[j][lane] = own.dbias[j][lane] = Sum{};
+    if (at.part != 0) continue;
+    own.fixed[at.slot].bias.of[j] = dt_bias && j < at.count ? dt_bias[at.channel + j] : 0.0f;
+    own.fixed[at.slot].skip.of[j] = D && j < at.count ? D[at.channel + j] : 0.0f;
+    own.dD[j][at.slot] = own.dbias[j][at.slot] = Sum{};
   }
   for (int64 after = chunks - 1; after > blockIdx.y; after--) {
 #pragma unroll
@@ -110,191 +142,251 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
   const Weight* C_rows = (const Weight*)C + at.batch * C_batch + at.group * C_groups / groups * C_group;
   Fetch<TILE> B_next, C_next;
   int t0 = start + (stop - start - 1) / TILE * TILE;  // of the tile
-  if (B_VARIES) B_next.get(B_rows + t0 * B_time, B_time, stop - t0, d_state), B_next.put(shared.B[0]);
-  if (C_VARIES) C_next.get(C_rows + t0 * C_time, C_time, stop - t0, d_state), C_next.put(shared.C[0]);
+  auto get = [&](int which, int from) {
+    if (which == 0 ? !B_VARIES : !C_VARIES) return;
+    if (which == 0) B_next.get(B_rows + from * B_time, B_time, stop - from, d_state);
+    else C_next.get(C_rows + from * C_time, C_time, stop - from, d_state);
+  };
+  auto put = [&](int which, int to) {
+    if (which == 0 ? B_VARIES : C_VARIES) shared.weights[to].put(which, which == 0 ? B_next : C_next);
+  };
+  // Or without registers on the way, four states a thread.
+  static_assert(!COPIES_WEIGHTS || 2 * TILE * SPREAD == 32 * WARPS, "a thread has four states of B or C");
+  const unsigned step_copied = threadIdx.x / SPREAD % TILE, state_copied = threadIdx.x % SPREAD * 4;
+  const bool is_C = threadIdx.x / SPREAD >= TILE, is_copied = COPIES_WEIGHTS && (is_C ? C_VARIES : B_VARIES) && state_copied < d_state;
+  const Weight* weight_from = (is_C ? C_rows + (t0 + step_copied) * C_time : B_rows + (t0 + step_copied) * B_time) + state_copied;
+  auto copy_weights = [&](int from, int to) {
+    if (is_copied) copy<4>((IO*)&shared.weights[to].at(is_C, step_copied, state_copied), (const IO*)weight_from, from + (int)step_copied < stop);
+    weight_from -= TILE * (is_C ? C_time : B_time);
+  };
+
+  // Copies of the block's steps of a tile, COPIED channels of a step a thread, and of each warp's states before it.
+  const int64 block_channel = at.channel - at.slot * CHANNELS - at.warp * WARP_CHANNELS;
+  const int64 left = (at.group + 1) * (d_inner / groups) - block_channel;
+  const int channels_left = left < BLOCK_CHANNELS ? (int)left : BLOCK_CHANNELS;
+  {
+    const int64 step = t0 + threadIdx.x / COPIES, channel = block_channel + threadIdx.x % COPIES * COPIED;
+    own.next[0][lane] = x + at.batch * x_batch + step * x_time + channel;
+    own.next[1][lane] = dt + at.batch * dt_batch + step * dt_time + channel;
+    own.next[2][lane] = dout + at.batch * dout_batch + step * dout_time + channel;
+    if (HAS_Z) own.next[3][lane] = z + at.batch * z_batch + step * z_time + channel;
+  }
+  struct Next { const IO* of[4]; };
+  auto read_next = [&]() {
+    Next next;
+#pragma unroll
+    for (int i = 0; i < 4; i++) next.of[i] = own.next[i][lane];
+    return next;
+  };
+  auto copy_steps = [&](int from, int to, const Next& next) {
+#pragma unroll
+    for (int item = 0; item < TILE * COPIES; item += 32 * WARPS) {
+      const int steps = item / COPIES, channels = item % COPIES * COPIED;  // after those of the thread's first
+      const int i = threadIdx.x / COPIES + steps, within = threadIdx.x % COPIES * COPIED + channels;
+      if (TILE * COPIES % (32 * WARPS) != 0 && i >= TILE) continue;
+      Scratch& scratch = shared.scratch[within / WARP_CHANNELS];
+      const int slot = within % WARP_CHANNELS / CHANNELS, j = within % CHANNELS;
+      const bool exists = from + i < stop && within < channels_left;
+      copy<COPIED>(scratch.x[to][i][slot].of + j, next.of[0] + steps * x_time + channels, exists);
+      copy<COPIED>(scratch.dt[to][i][slot].of + j, next.of[1] + steps * dt_time + channels, exists);
+      copy<COPIED>(scratch.dout[to][i][slot].of + j, next.of[2] + steps * dout_time + channels, exists);
+      if (HAS_Z) copy<COPIED>(scratch.z[to][i][slot].of + j, next.of[3] + steps * z_time + channels, exists);
+    }
+    own.next[0][lane] = next.of[0] - TILE * x_time;
+    own.next[1][lane] = next.of[1] - TILE * dt_time;
+    own.next[2][lane] = next.of[2] - TILE * dout_time;
+    if (HAS_Z) own.next[3][lane] = next.of[3] - TILE * z_time;
+  };
+  auto copy_start = [&](int from, int to) {
+    States* const before = own.start[to].of;
+    const int64 row = (at.batch * tiles + from / TILE) * d_inner;
+    if constexpr (ON_TENSOR_CORES) {  // neighbouring lanes copy neighbours in memory
+      const Number* states = saved + (row + block_channel + at.warp * WARP_CHANNELS) * PADDED;
+#pragma unroll
+      for (int item = lane; item < WARP_CHANNELS * SPREAD; item += 32) {
+        const int part = item % SPREAD, channel = item / SPREAD;
+        const bool exists = at.warp * WARP_CHANNELS + channel < channels_left;
+        copy_async(&before[WarpStates::place(channel % CHANNELS, part, channel / CHANNELS)], states + item * STATES, exists);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < CHANNELS; j++) {
+        const Number* states = saved + (row + opaque(at.channel) + (j < at.count ? j : 0)) * PADDED + first_state;
+#pragma unroll
+        for (int i = 0; i < sizeof(States); i += 16)
+          if (at.count) copy((char*)&before[WarpStates::place(j, at.part, at.slot)] + i, (const char*)states + i);
+      }
+    }
+  };
+  if (!ON_TENSOR_CORES && !at.count) {
+#pragma unroll
+    for (int j = 0; j < 2 * CHANNELS; j++) own.start[j % 2].of[WarpStates::place(j / 2, at.part, at.slot)] = States{};
+  }
+  if (at.part == 0) own.out[at.slot] = at.batch * seqlen * d_inner + at.channel;
+  if (COPIES_WEIGHTS) copy_weights(t0, 0);
+  else get(0, t0), put(0, 0), get(1, t0), put(1, 0);
+  copy_steps(t0, 0, read_next()), copy_start(t0, 0);
+  await_copies();
   __syncthreads();
 
-  // Copies of the lane's own steps of a tile, and of the state before it.
-  auto copy_steps = [&](int from, int to) {
-    const int64 channel = opaque(at.channel), first = from + at.part;
-    const IO* dout_from = dout + at.batch * dout_batch + first * dout_time + channel;
-    const IO* x_from = x + at.batch * x_batch + first * x_time + channel;
-    const IO* dt_from = dt + at.batch * dt_batch + first * dt_time + channel;
-    const IO* z_from = z + at.batch * z_batch + first * z_time + channel;
-#pragma unroll
-    for (int k = 0; k < (TILE + SPREAD - 1) / SPREAD; k++) {
-      const int i = k * SPREAD + at.part;
-      if (TILE % SPREAD != 0 && i >= TILE) continue;
-      const int channels = from + i < stop ? at.count : 0;
-      copy(own.x[to][i][at.slot], x_from + k * SPREAD * x_time, channels);
-      copy(own.dt[to][i][at.slot], dt_from + k * SPREAD * dt_time, channels);
-      copy(own.dout[to][i][at.slot], dout_from + k * SPREAD * dout_time, channels);
-      if (HAS_Z) copy(own.z[to][i][at.slot], z_from + k * SPREAD * z_time, channels);
-    }
-  };
-  auto copy_start = [&](int from) {
-    const Number* rows = saved + ((at.batch * tiles + from / TILE) * d_inner + opaque(at.channel)) * PADDED + first_state;
-#pragma unroll
-    for (int j = 0; j < CHANNELS; j++) {
-      const Number* row = rows + (j < at.count ? j : 0) * PADDED;
-#pragma unroll
-      for (int i = 0; i < sizeof(States); i += 16)
-        if (at.count) copy((char*)&own.start[j][lane] + i, (const char*)row + i);
-    }
-  };
-  if (!at.count) {
-#pragma unroll
-    for (int j = 0; j < CHANNELS; j++) own.start[j][lane] = States{};
-  }
-  copy_steps(t0, 0), copy_start(t0);
+  float dD_run[CHANNELS] = {}, dbias_run[CHANNELS] = {};
 
   int buffer = 0;
   for (; t0 >= start; t0 -= TILE, buffer ^= 1) {
     const int count = stop - t0 < TILE ? stop - t0 : TILE;  // steps of the tile that exist
-    auto fetch_weights = [&]() {
-      if (B_VARIES) B_next.get(B_rows + (t0 - TILE) * B_time, B_time, TILE, d_state);
-      if (C_VARIES) C_next.get(C_rows + (t0 - TILE) * C_time, C_time, TILE, d_state);
-    };
-    if (Fetch<TILE>::EARLY && t0 > start) fetch_weights();
+    if (!COPIES_WEIGHTS && Fetch<TILE>::EARLY && t0 > start) get(0, t0 - TILE), get(1, t0 - TILE);
 
-    // The lane prepares its own steps.
-    await_copies();
+    // The lane prepares its own steps. All it needs is read before the first is written, behind which the compiler would not go.
+    const Next next = read_next();
+    const Fixed fixed = own.fixed[at.slot];
+    Channels x_raw[TILE_ROUNDS], dt_raw[TILE_ROUNDS];
 #pragma unroll
-    for (int k = 0; k < (TILE + SPREAD - 1) / SPREAD; k++) {
+    for (int k = 0; k < TILE_ROUNDS; k++) {
+      const int i = k * SPREAD + at.part;
+      if (TILE % SPREAD != 0 && i >= TILE) continue;
+      x_raw[k] = own.x[buffer][i][at.slot], dt_raw[k] = own.dt[buffer][i][at.slot];
+    }
+#pragma unroll
+    for (int k = 0; k < TILE_ROUNDS; k++) {
       const int i = k * SPREAD + at.part;
       if (TILE % SPREAD != 0 && i >= TILE) continue;
       Step step;
 #pragma unroll
       for (int j = 0; j < CHANNELS; j++) {
-        step.dt[j] = time_step(own.dt[buffer][i][at.slot].value(j) + own.bias[j][lane], i < count);
-        step.dx[j] = step.dt[j] * own.x[buffer][i][at.slot].value(j);
+        step.dt[j] = time_step(dt_raw[k].value(j) + fixed.bias.of[j], i < count);
+        step.dx[j] = step.dt[j] * x_raw[k].value(j);
       }
       own.steps[i][at.slot] = step;
     }
     if (HAS_RESTART && lane < TILE) own.restarts[lane] = lane < count && restart[t0 + lane] ? 0.0f : 1.0f;
     __syncwarp();
-    if (t0 > start) copy_steps(t0 - TILE, buffer ^ 1);
+    if (t0 > start) {
+      copy_steps(t0 - TILE, buffer ^ 1, next), copy_start(t0 - TILE, buffer ^ 1);
+      if (COPIES_WEIGHTS) copy_weights(t0 - TILE, buffer ^ 1);
+    }
     States h[CHANNELS];
 #pragma unroll
-    for (int j = 0; j < CHANNELS; j++) h[j] = own.start[j][lane];
+    for (int j = 0; j < CHANNELS; j++) h[j] = own.start[buffer].of[WarpStates::place(j, at.part, at.slot)];
 
-    // One step of the recurrence: exp(dt A) h_{t-1}, and then h_t.
-    auto carry = [&](int i, int j, int n, Number& factor, Number& carried, const Step& step, const States& B_now) {
+    // One step of the recurrence.
+    auto carry = [&](int i, int j, int n, Number& factor, const Step& step, const States& B_now) {
       factor = decay(step.dt[j], a[j].of[n]);
       if (HAS_RESTART) factor = scaled(own.restarts[i], factor);
-      carried = multiply(factor, h[j].of[n]);
-      h[j].of[n] = scale_add(step.dx[j], B_VARIES ? B_now.of[n] : B_fixed[j].of[n], carried);
+      h[j].of[n] = multiply_add(factor, h[j].of[n], scaled(step.dx[j], B_VARIES ? B_now.of[n] : B_fixed[j].of[n]));
     };
 
     // To the start of each segment.
 #pragma unroll 1
     for (int s = 0; s < SEGMENTS - 1; s++) {
+      const WeightRows::Run<SEGMENT> weights(shared.weights[buffer], s * SEGMENT, at);
 #pragma unroll
       for (int k = 0; k < SEGMENT; k++) {
         const int i = s * SEGMENT + k;
         const Step step = own.steps[i][at.slot];
-        const States B_now = *(const States*)&shared.B[buffer][i][first_state];
-        Number factor, carried;
+        const States B_now = weights.of(weight_rows, 0, k);
+        Number factor;
 #pragma unroll
         for (int j = 0; j < CHANNELS; j++)
 #pragma unroll
-          for (int n = 0; n < STATES; n++) carry(i, j, n, factor, carried, step, B_now);
+          for (int n = 0; n < STATES; n++) carry(i, j, n, factor, step, B_now);
       }
 #pragma unroll
-      for (int j = 0; j < CHANNELS; j++) own.starts[s][j][lane] = h[j];
+      for (int j = 0; j < CHANNELS; j++) own.left[s + 1].before.of[WarpStates::place(j, at.part, at.slot)] = h[j];
     }
 
-    float dD_tile[CHANNELS] = {}, dbias_tile[CHANNELS] = {};
 #pragma unroll 1
     for (int s = SEGMENTS - 1; s >= 0; s--) {
-      // dy, and the factor that makes dz of y.
-      float gate_slope[ROUNDS][CHANNELS], dy_own[ROUNDS][CHANNELS];
+      const WarpStates& begin = s > 0 ? own.left[s].before : own.start[buffer];
+#pragma unroll
+      for (int j = 0; j < CHANNELS; j++) h[j] = begin.of[WarpStates::place(j, at.part, at.slot)];
+      // dy of the lane's own steps, and the factor that makes dz of y.
+      Floats dy_own[ROUNDS];
+      float gate_slope[ROUNDS][CHANNELS];
 #pragma unroll
       for (int r = 0; r < ROUNDS; r++) {
         const int k = r * SPREAD + at.part, i = s * SEGMENT + k % SEGMENT;
         const Channels dout_raw = own.dout[buffer][i][at.slot], z_raw = own.z[buffer][i][at.slot];
-        Floats dy;
 #pragma unroll
         for (int j = 0; j < CHANNELS; j++) {
           const float g = HAS_Z ? z_raw.value(j) : 0.0f, sig = logistic(g), d = dout_raw.value(j);
-          dy.of[j] = dy_own[r][j] = HAS_Z ? d * g * sig : d;
+          dy_own[r].of[j] = HAS_Z ? d * g * sig : d;
           gate_slope[r][j] = d * sig * fmaf(g, 1.0f - sig, 1.0f);
         }
-        if (is_own) own.dy[k][at.slot] = dy;
+        if (is_own) own.dy[k / 2][at.slot].of[k % 2] = dy_own[r];
       }
       __syncwarp();
-      channel_sums.start();
 
       // The segment again, forwards.
-      States factor[SEGMENT][CHANNELS], carried[SEGMENT][CHANNELS];
-#pragma unroll
-      for (int j = 0; j < CHANNELS; j++) h[j] = s > 0 ? own.starts[s - 1][j][lane] : own.start[j][lane];
-      if (s == 0 && t0 > start) copy_start(t0 - TILE);
+      States factor[SEGMENT][CHANNELS], before[SEGMENT][CHANNELS];
       // What a step needs is read a step ahead: the compiler does not move it across the writes of sums.
       Step step_next = own.steps[s * SEGMENT][at.slot];
-      States B_ahead = *(const States*)&shared.B[buffer][s * SEGMENT][first_state];
+      const WeightRows::Run<SEGMENT> weights(shared.weights[buffer], s * SEGMENT, at);
+      States B_ahead = weights.of(weight_rows, 0, 0);
+      Two y;
 #pragma unroll
       for (int k = 0; k < SEGMENT; k++) {
         const int i = s * SEGMENT + k;
         const Step step = step_next;
-        const Floats dy = own.dy[k][at.slot];
-        const States B_now = B_ahead;
-        const States C_now = *(const States*)&shared.C[buffer][i][first_state];
+        const Floats dy = C_VARIES && ON_TENSOR_CORES ? dy_own[k / SPREAD] : own.dy[k / 2][at.slot].of[k % 2];
+        const States B_now = B_ahead, C_now = weights.of(weight_rows, 1, k);
         if (k + 1 < SEGMENT) {
           step_next = own.steps[i + 1][at.slot];
-          B_ahead = *(const States*)&shared.B[buffer][i + 1][first_state];
+          B_ahead = weights.of(weight_rows, 0, k + 1);
         }
-        Floats y;
-        States dC;
+        States dC_terms[CHANNELS];
 #pragma unroll
         for (int j = 0; j < CHANNELS; j++) {
-          y.of[j] = 0.0f;
+          float sum = 0.0f;
 #pragma unroll
           for (int n = 0; n < STATES; n++) {
-            carry(i, j, n, factor[k][j].of[n], carried[k][j].of[n], step, B_now);
-            y.of[j] = real_product(C_VARIES ? C_now.of[n] : C_fixed[j].of[n], h[j].of[n], y.of[j]);
-            Number& sum = C_VARIES ? dC.of[n] : dC_fixed[j].of[n];
-            sum = C_VARIES && j == 0 ? scaled(dy.of[j], conj(h[j].of[n])) : scale_add(dy.of[j], conj(h[j].of[n]), sum);
+            before[k][j].of[n] = h[j].of[n];
+            carry(i, j, n, factor[k][j].of[n], step, B_now);
+            sum = real_product(C_VARIES ? C_now.of[n] : C_fixed[j].of[n], h[j].of[n], sum);
+            dC_terms[j].of[n] = conj(h[j].of[n]);
+            if (!C_VARIES) dC_fixed[j].of[n] = scale_add(dy.of[j], dC_terms[j].of[n], dC_fixed[j].of[n]);
           }
+          y.of[k % 2].of[j] = sum;
         }
-        if (HAS_Z) own.y[k][at.part * SLOTS + at.slot] = y;
-        if (C_VARIES) channel_sums.add(own.weights, at, k, 1, dC);
+        if (HAS_Z && k % 2 == 1) own.y[k / 2][lane] = y;
+        if (C_VARIES) channel_sums.add(own.to_sum, own.left[s].sums, at, k, 1, dy, dC_terms);
       }
 
       // And back.
-      Floats dy_next = own.dy[SEGMENT - 1][at.slot];
-      States C_ahead = *(const States*)&shared.C[buffer][s * SEGMENT + SEGMENT - 1][first_state];
+      // Read again, or the compiler would hold B and C of all steps, for which there are no registers.
+      const WeightRows::Run<SEGMENT> weights_again(shared.weights[buffer], s * SEGMENT, at);
+      Two dy_now, dy_next = own.dy[SEGMENT / 2 - 1][at.slot];
+      States C_ahead = weights_again.of(weight_rows, 1, SEGMENT - 1);
 #pragma unroll
       for (int k = SEGMENT - 1; k >= 0; k--) {
         const int i = s * SEGMENT + k;
         const Step step = own.steps[i][at.slot];
-        const Floats dy = dy_next;
-        const States B_now = *(const States*)&shared.B[buffer][i][first_state];
-        const States C_now = C_ahead;
-        if (k > 0) {
-          dy_next = own.dy[k - 1][at.slot];
-          C_ahead = *(const States*)&shared.C[buffer][i - 1][first_state];
+        if (k % 2 == 1) {
+          dy_now = dy_next;
+          if (k > 1) dy_next = own.dy[k / 2 - 1][at.slot];
         }
+        const Floats dy = dy_now.of[k % 2];
+        const States B_now = weights_again.of(weight_rows, 0, k), C_now = C_ahead;
+        if (k > 0) C_ahead = weights_again.of(weight_rows, 1, k - 1);
         Sums sums;
-        States dB;
+        Floats dx;
+        States l[CHANNELS];
 #pragma unroll
         for (int j = 0; j < CHANNELS; j++) {
-          sums.A[j] = sums.B[j] = 0.0f;
+          sums.A[j] = sums.B[j] = 0.0f, dx.of[j] = step.dx[j];
 #pragma unroll
           for (int n = 0; n < STATES; n++) {
             const Number b = B_VARIES ? B_now.of[n] : B_fixed[j].of[n], c = C_VARIES ? C_now.of[n] : C_fixed[j].of[n];
-            const Number l = scale_add(dy.of[j], conj(c), adjoint[j].of[n]);
-            const Number q = multiply(l, conj(carried[k][j].of[n]));
-            sums.B[j] = real_product(l, conj(b), sums.B[j]);
+            l[j].of[n] = scale_add(dy.of[j], conj(c), adjoint[j].of[n]);
+            adjoint[j].of[n] = multiply(conj(factor[k][j].of[n]), l[j].of[n]);
+            const Number q = multiply(adjoint[j].of[n], conj(before[k][j].of[n]));
+            sums.B[j] = real_product(l[j].of[n], conj(b), sums.B[j]);
             sums.A[j] = real_product(q, conj(a[j].of[n]), sums.A[j]);
             dA[j].of[n] = scale_add(step.dt[j], q, dA[j].of[n]);
-            Number& sum = B_VARIES ? dB.of[n] : dB_fixed[j].of[n];
-            sum = B_VARIES && j == 0 ? scaled(step.dx[j], l) : scale_add(step.dx[j], l, sum);
-            adjoint[j].of[n] = multiply(conj(factor[k][j].of[n]), l);
+            if (!B_VARIES) dB_fixed[j].of[n] = scale_add(step.dx[j], l[j].of[n], dB_fixed[j].of[n]);
           }
         }
-        own.sums[k][at.part * SLOTS + at.slot] = sums;
-        if (B_VARIES) channel_sums.add(own.weights, at, k, 0, dB);
+        own.sums[k][lane] = sums;
+        if (B_VARIES) channel_sums.add(own.to_sum, own.left[s].sums, at, k, 0, dx, l);
       }
       __syncwarp();
 
@@ -308,71 +400,82 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         for (int j = 0; j < CHANNELS; j++) y[j] = sum_B[j] = sum_A[j] = 0.0f;
 #pragma unroll 8
         for (int part = 0; part < SPREAD; part++) {
-          const Sums sums = own.sums[k][part * SLOTS + at.slot];
-          const Floats y_part = own.y[k][part * SLOTS + at.slot];
+          const int from = part * SLOTS + at.slot;
+          const Sums sums = own.sums[k][from];
+          const Floats y_part = own.y[k / 2][from].of[k % 2];
 #pragma unroll
           for (int j = 0; j < CHANNELS; j++) y[j] += y_part.of[j], sum_B[j] += sums.B[j], sum_A[j] += sums.A[j];
         }
+        const Fixed fixed = own.fixed[at.slot];
 #pragma unroll
         for (int j = 0; j < CHANNELS; j++) {
-          const float dy = is_own ? dy_own[r][j] : 0.0f, input = own.x[buffer][i][at.slot].value(j);
-          const float slope = SOFTPLUS ? logistic(own.dt[buffer][i][at.slot].value(j) + own.bias[j][lane]) : 1.0f;
-          dx_now[j] = fmaf(step.dt[j], sum_B[j], own.skip[j][lane] * dy);
+          const float dy = is_own ? dy_own[r].of[j] : 0.0f, input = own.x[buffer][i][at.slot].value(j);
+          const float slope = SOFTPLUS ? logistic(own.dt[buffer][i][at.slot].value(j) + fixed.bias.of[j]) : 1.0f;
+          dx_now[j] = fmaf(step.dt[j], sum_B[j], fixed.skip.of[j] * dy);
           ddt_now[j] = fmaf(input, sum_B[j], sum_A[j] * (1.0f / A_UNIT)) * slope;
-          dz_now[j] = fmaf(own.skip[j][lane], input, y[j]) * gate_slope[r][j];
-          dD_tile[j] = fmaf(dy, input, dD_tile[j]);
-          dbias_tile[j] += channels ? ddt_now[j] : 0.0f;
+          dz_now[j] = fmaf(fixed.skip.of[j], input, y[j]) * gate_slope[r][j];
+          dD_run[j] = fmaf(dy, input, dD_run[j]);
+          dbias_run[j] += channels ? ddt_now[j] : 0.0f;
         }
-        const int64 here = (at.batch * seqlen + t0 + i) * d_inner + at.channel;
+        const int64 here = own.out[at.slot] + (unsigned)(t0 + i) * (uint64)(unsigned)d_inner;
         write(dx + here, dx_now, channels);
         write(ddt + here, ddt_now, channels);
         if (HAS_Z) write(dz + here, dz_now, channels);
       }
       // And the warp its sums over channels.
-      if (B_VARIES || C_VARIES) channel_sums.finish(own.weights, at, &shared.weights[at.warp][s * SEGMENT]);
+      if (B_VARIES || C_VARIES) channel_sums.finish(own.to_sum, own.left[s].sums, at);
       __syncwarp();
     }
 
+    if ((t0 - start) % (8 * TILE) == 0) {
 #pragma unroll
-    for (int j = 0; j < CHANNELS; j++) own.dD[j][lane].add(dD_tile[j]), own.dbias[j][lane].add(dbias_tile[j]);
-    if (t0 > start) {
-      if (!Fetch<TILE>::EARLY) fetch_weights();
-      if (B_VARIES) B_next.put(shared.B[buffer ^ 1]);
-      if (C_VARIES) C_next.put(shared.C[buffer ^ 1]);
+      for (int j = 0; j < CHANNELS; j++) {
+#pragma unroll
+        for (int other = SLOTS; other < 32; other *= 2) {
+          dD_run[j] += __shfl_xor_sync(~0u, dD_run[j], other);
+          dbias_run[j] += __shfl_xor_sync(~0u, dbias_run[j], other);
+        }
+        if (at.part == 0) own.dD[j][at.slot].add(dD_run[j]), own.dbias[j][at.slot].add(dbias_run[j]);
+        dD_run[j] = dbias_run[j] = 0.0f;
+      }
+    }
+    if (!COPIES_WEIGHTS && t0 > start) {
+#pragma unroll
+      for (int which = 0; which < 2; which++) {
+        if (!Fetch<TILE>::EARLY) get(which, t0 - TILE);
+        put(which, buffer ^ 1);
+      }
     }
     __syncthreads();
     // The block's rows of dB and dC: (blocks of a batch row, B, L, PADDED).
-    for (int item = threadIdx.x; item < TILE * 2 * SPREAD; item += 32 * WARPS) {
-      const int i = item / (2 * SPREAD), which = item / SPREAD % 2, part = item % SPREAD;
+    auto sums_of = [&](int warp, int segment) -> const ChannelSums::Totals& { return shared.scratch[warp].left[segment].sums; };
+#pragma unroll 1
+    for (int round = 0; round < (2 * TILE * SPREAD + 32 * WARPS - 1) / (32 * WARPS); round++) {
+      const unsigned item = round * 32 * WARPS + threadIdx.x;
+      if (2 * TILE * SPREAD % (32 * WARPS) != 0 && item >= 2 * TILE * SPREAD) continue;
+      const int which = item / (TILE * SPREAD), i = item / (4 * SPREAD) % (TILE / 4) * 4 + item % 4, part = item / 4 % SPREAD;
       if (i >= count || (which == 0 ? !B_VARIES : !C_VARIES)) continue;
-      States sum = *(const States*)&shared.weights[0][i][which][part * STATES];
+      States sum = ChannelSums::total(sums_of, 0, i, which, part);
 #pragma unroll
-      for (int warp = 1; warp < WARPS; warp++) {
-        const States more = *(const States*)&shared.weights[warp][i][which][part * STATES];
+      for (int warp = 1; warp < WARPS; warp++) add(sum, ChannelSums::total(sums_of, warp, i, which, part));
 #pragma unroll
-        for (int n = 0; n < STATES; n++) sum.of[n] = scale_add(1.0f, more.of[n], sum.of[n]);
-      }
-      Number* parts = which == 0 ? dB_parts : dC_parts;
-      *(States*)(parts + (((int64)at.block * batch_size + at.batch) * seqlen + t0 + i) * PADDED + part * STATES) = sum;
+      for (int n = 0; n < STATES; n++) sum.of[n] = scaled(ChannelSums::made_up(which), sum.of[n]);
+      const int64 row = ((int64)at.block * batch_size + at.batch) * seqlen + t0;
+      *(States*)((which == 0 ? dB_parts : dC_parts) + row * PADDED + (i * PADDED + part * STATES)) = sum;
     }
+    await_copies();
     __syncthreads();
   }
 
   // Sums over the time of this chunk: (B, chunks, D, PADDED) and (B, chunks, D).
 #pragma unroll
   for (int j = 0; j < CHANNELS; j++) {
-    float dD_sum = own.dD[j][lane].total, dbias_sum = own.dbias[j][lane].total;
-#pragma unroll
-    for (int other = SLOTS; other < 32; other *= 2) {
-      dD_sum += __shfl_xor_sync(~0u, dD_sum, other);
-      dbias_sum += __shfl_xor_sync(~0u, dbias_sum, other);
-    }
     if (j >= at.count) continue;
     const int64 row = (at.batch * chunks + blockIdx.y) * d_inner + at.channel + j;
     *(States*)(dA_parts + row * PADDED + first_state) = dA[j];
     if (!B_VARIES) *(States*)(dB_parts + row * PADDED + first_state) = dB_fixed[j];
     if (!C_VARIES) *(States*)(dC_parts + row * PADDED + first_state) = dC_fixed[j];
-    if (at.part == 0) dD_parts[row] = dD_sum, dbias_parts[row] = dbias_sum;
+    if (at.part == 0) dD_parts[row] = own.dD[j][at.slot].total, dbias_parts[row] = own.dbias[j][at.slot].total;
     if (blockIdx.y == 0) {
 #pragma unroll
       for (int n = 0; n < STATES; n++)
@@ -381,14 +484,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
   }
 }
 
-// dB or dC, (B, L, G, N): the sums of the parts that the blocks of a group left, (blocks of a batch row, B, L, PADDED).
+FORCE_INLINE float exchanged(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
+FORCE_INLINE float2 exchanged(float2 v, int mask) { return make_float2(exchanged(v.x, mask), exchanged(v.y, mask)); }
+
+// dB or dC, (B, L, G, N): the sums of the parts that the blocks of a group left, (blocks of a batch row, B, L, PADDED). A lane
+// has STATES states and every fourth part, so that many reads are under way.
 extern "C" __global__ void scan_add_parts(
     const Number* parts, Weight* sums, int64 rows, int64 d_state, int64 groups, int64 blocks) {
-  const int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= rows * groups * d_state) return;
-  const int64 n = i % d_state, group = i / d_state % groups, row = i / d_state / groups;
-  Number sum = zero();
-  for (int64 block = group * blocks; block < (group + 1) * blocks; block++)
-    sum = scale_add(1.0f, parts[(block * rows + row) * PADDED + n], sum);
-  sums[i] = to_weight(sum);
+  const unsigned lane = threadIdx.x % 32;
+  const int64 i = ((int64)blockIdx.x * blockDim.x + threadIdx.x) / 32 * 8 + lane % 8;
+  const bool exists = i < rows * groups * SPREAD;
+  const int64 first = i % SPREAD * STATES, group = i / SPREAD % groups, row = i / SPREAD / groups;
+  const Number* from = parts + (group * blocks * rows + row) * PADDED + first;
+  States sum = {};
+#pragma unroll 8
+  for (int64 block = lane / 8; block < (exists ? blocks : 0); block += 4) add(sum, *(const States*)(from + block * rows * PADDED));
+#pragma unroll
+  for (int n = 0; n < STATES; n++) {
+#pragma unroll
+    for (int other = 8; other < 32; other *= 2) sum.of[n] = scale_add(1.0f, exchanged(sum.of[n], other), sum.of[n]);
+    if (exists && lane < 8 && first + n < d_state) sums[(row * groups + group) * d_state + first + n] = to_weight(sum.of[n]);
+  }
 }

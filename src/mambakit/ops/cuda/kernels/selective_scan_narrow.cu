@@ -20,16 +20,17 @@
 
 FORCE_INLINE float gate(float z) { return HAS_Z ? z * logistic(z) : 1.0f; }
 
+// Tiles in which a step of a tile is one that exists.
+FORCE_INLINE int tiles_with(int64 seqlen, int step) { return (int)((seqlen - step + TILE - 1) / TILE); }
+
 // x, dt or z of a helper's lane, on the way from memory to shared memory; each call goes on to the next tile.
 struct EightRows {
   const IO* at;
   int64 tile;  // from one to the next
-  int step, count;
 
-  FORCE_INLINE EightRows(const IO* tensor, int64 time_stride, int step, int count)
-      : at(tensor + step * time_stride), tile(TILE * time_stride), step(step), count(count) {}
-  FORCE_INLINE void copy_tile(Eight& to, int left) {
-    copy(to, at, step < left ? count : 0);
+  FORCE_INLINE EightRows(const IO* tensor, int64 time_stride, int step) : at(tensor + step * time_stride), tile(TILE * time_stride) {}
+  FORCE_INLINE void copy_tile(Eight& to, int count) {
+    copy(to, at, count);
     at += tile;
   }
 };
@@ -39,20 +40,22 @@ template <int LANES> struct WeightRows {
   static constexpr int EACH = PADDED / LANES, APART = HELPERS / EACH, COUNT = TILE / APART;
   static_assert(COUNT * APART == TILE, "lanes have as many steps");
   const IO* at[COUNT];
+  int tiles[COUNT];  // in which they exist
   int64 tile;
   int step, n;
-  bool exists;
 
-  FORCE_INLINE WeightRows(const IO* tensor, int64 time_stride, int me, int d_state)
-      : tile(TILE * time_stride), step(me / EACH), n(me % EACH * LANES), exists(n < d_state) {
-#pragma unroll
-    for (int k = 0; k < COUNT; k++) at[k] = tensor + (step + k * APART) * time_stride + n;
-  }
-  FORCE_INLINE void copy_tile(Pair (*to)[PAIRS], int left) {
+  FORCE_INLINE WeightRows(const IO* tensor, int64 time_stride, int me, int64 seqlen, int d_state)
+      : tile(TILE * time_stride), step(me / EACH), n(me % EACH * LANES) {
 #pragma unroll
     for (int k = 0; k < COUNT; k++) {
-      const int here = step + k * APART;
-      copy<LANES>(&to[here][0].of[0] + n, at[k], exists && here < left);
+      at[k] = tensor + (step + k * APART) * time_stride + n;
+      tiles[k] = n < d_state ? tiles_with(seqlen, step + k * APART) : 0;
+    }
+  }
+  FORCE_INLINE void copy_tile(Pair (*to)[PAIRS], int now) {
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) {
+      copy<LANES>(&to[step + k * APART][0].of[0] + n, at[k], now < tiles[k]);
       at[k] += tile;
     }
   }
@@ -91,74 +94,75 @@ extern "C" __global__ void __launch_bounds__(2 * HELPERS, MIN_BLOCKS) scan_narro
     bias[j] = j < count && dt_bias ? dt_bias[channel + j] : 0.0f;
     skip[j] = j < count && D ? D[channel + j] : 0.0f;
   }
-  EightRows x_rows(x + at.batch * x_batch + channel, x_time, step, count);
-  EightRows dt_rows(dt + at.batch * dt_batch + channel, dt_time, step, count);
-  EightRows z_rows(z + at.batch * z_batch + channel, z_time, step, count);
-  WeightRows<B_LANES> B_rows((const IO*)B + at.batch * B_batch + at.group * B_groups / groups * B_group, B_time, me, d_state);
-  WeightRows<C_LANES> C_rows((const IO*)C + at.batch * C_batch + at.group * C_groups / groups * C_group, C_time, me, d_state);
+  EightRows x_rows(x + at.batch * x_batch + channel, x_time, step);
+  EightRows dt_rows(dt + at.batch * dt_batch + channel, dt_time, step);
+  EightRows z_rows(z + at.batch * z_batch + channel, z_time, step);
+  WeightRows<B_LANES> B_rows((const IO*)B + at.batch * B_batch + at.group * B_groups / groups * B_group, B_time, me, seqlen, d_state);
+  WeightRows<C_LANES> C_rows((const IO*)C + at.batch * C_batch + at.group * C_groups / groups * C_group, C_time, me, seqlen, d_state);
   y += (at.batch * seqlen + step) * d_inner + channel;
   if (HAS_RESTART) restart += at.batch * seqlen + me;
 
-  // Steps of a tile that exist.
-  auto steps_of = [&](int tile) {
-    const int64 left = seqlen - (int64)tile * TILE;
-    return left < TILE ? (int)left : TILE;
-  };
   // Of step `me` of the tile that is prepared next: read a tile ahead.
-  auto restart_of = [&](int tile) { return HAS_RESTART && me < steps_of(tile) ? restart[(int64)tile * TILE] : (unsigned char)0; };
+  const int restart_tiles = tiles_with(seqlen, me);
+  auto restart_of = [&](int tile) { return HAS_RESTART && me < TILE && tile < restart_tiles ? restart[(int64)tile * TILE] : (unsigned char)0; };
   unsigned char restarts = restart_of(0);
-  auto copy_inputs = [&](int tile) {
-    const int left = steps_of(tile), to = tile % INPUT_TILES;
-    if (left > 0) {
-      x_rows.copy_tile(shared.x[to][me], left);
-      dt_rows.copy_tile(shared.dt[to][me], left);
-      if (HAS_Z) z_rows.copy_tile(shared.z[to][me], left);
-      if (B_VARIES) B_rows.copy_tile(&shared.B[to * TILE], left);
-      if (C_VARIES) C_rows.copy_tile(&shared.C[to * TILE], left);
-    }
+
+  // `place`: of the inputs and y of a tile, the same for every fourth. `my_tiles`: in which the lane's step exists. Helpers share a
+  // scheduler with a walker, which each of their instructions delays: so tiles are counted in 32 bits, and those past the end
+  // are copied as zeros. Around a branch for them NVRTC 13.0 makes the addresses in shared memory anew four times a tile.
+  const int my_tiles = tiles_with(seqlen, step);
+  auto copy_inputs = [&](int tile, unsigned place) {
+    const int here = tile < my_tiles ? count : 0;
+    x_rows.copy_tile(shared.x[place][me], here);
+    dt_rows.copy_tile(shared.dt[place][me], here);
+    if (HAS_Z) z_rows.copy_tile(shared.z[place][me], here);
+    if (B_VARIES) B_rows.copy_tile(&shared.B[place * TILE], tile);
+    if (C_VARIES) C_rows.copy_tile(&shared.C[place * TILE], tile);
     commit_copies();
   };
   Steps* const steps = &shared.steps[part * (HELPED / SLOTS)];
   const Sums* const sums = &shared.y[part * (HELPED / SLOTS)];
-  auto prepare = [&](int tile) {
-    const int from = tile % INPUT_TILES, to = tile % 2 * TILE;
-    const bool exists = step < steps_of(tile);
-    const Eight x_now = shared.x[from][me], dt_now = shared.dt[from][me];
+  auto prepare = [&](int tile, unsigned place) {
+    const unsigned to = tile % 2u * TILE;
+    const Eight x_now = shared.x[place][me], dt_now = shared.dt[place][me];
 #pragma unroll
     for (int j = 0; j < HELPED; j++) {
       Step prepared;
-      prepared.dt[0] = time_step(dt_now.value(j) + bias[j], exists);
+      prepared.dt[0] = time_step(dt_now.value(j) + bias[j], tile < my_tiles);
       prepared.dx[0] = prepared.dt[0] * x_now.value(j);
       steps[j / SLOTS].of[j % SLOTS][to + step] = prepared;
     }
     if (HAS_RESTART && me < TILE) shared.restarts[to + me] = restarts ? 0.0f : 1.0f;
     restarts = restart_of(tile + 1);
   };
-  auto finish = [&](int tile) {
-    const int from = tile % INPUT_TILES, here = tile * TILE % Y_RING + step;
-    const Eight x_now = shared.x[from][me], z_now = HAS_Z ? shared.z[from][me] : Eight();
+  auto finish = [&](int tile, unsigned place) {
+    const Eight x_now = shared.x[place][me], z_now = HAS_Z ? shared.z[place][me] : Eight();
     float out[HELPED];
 #pragma unroll
     for (int j = 0; j < HELPED; j++) {
       const float(&halves)[2][Y_RING + 16] = sums[j / SLOTS].of[j % SLOTS];
-      out[j] = fmaf(LEFT_OUT, halves[0][here] + halves[1][here], skip[j] * x_now.value(j)) * gate(z_now.value(j));
+      const unsigned here = place * TILE + step;
+      out[j] = fmaf(MADE_UP, halves[0][here] + halves[1][here], skip[j] * x_now.value(j)) * gate(z_now.value(j));
     }
-    write(y, out, step < steps_of(tile) ? count : 0);
+    write(y, out, tile < my_tiles ? count : 0);
     y += TILE * d_inner;
   };
 
-  // A tile is prepared as soon as its place is free, while the one before it is walked; what can wait comes after. `finish` of
-  // all helpers has ended when the tile after the next is ready, before its y can come where the first one was. One tile more
-  // than there are is announced, since walkers read ahead.
-  const int tiles = (int)((seqlen + TILE - 1) / TILE);
-  copy_inputs(0), copy_inputs(1);
+  // A tile is prepared as soon as its place is free, while the one before it is walked; what can wait comes after: the tile
+  // before the last is finished, and its place gets the one after the next. `finish` of all helpers has ended when the tile after
+  // the next is ready, before its y can come where the first one was. One tile more than there are is announced, since walkers
+  // read ahead.
+  const int tiles = tiles_with(seqlen, 0);
+  copy_inputs(0, 0), copy_inputs(1, 1);
 #pragma unroll 1
   for (int tile = 0; tile < tiles + 2; tile++) {
+    const unsigned place = tile % INPUT_TILES, other = (place + 2) % INPUT_TILES;
     if (tile >= 2) await_walked(shared, tile - 2);
     await_copies<1>();
-    if (tile < tiles) prepare(tile);
+    if (tile < tiles) prepare(tile, place);
     if (tile <= tiles) announce_ready(tile);
-    if (tile >= 2) finish(tile - 2);
-    copy_inputs(tile + 2);
+    if (tile >= 2) finish(tile - 2, other);
+    copy_inputs(tile + 2, other);
   }
+  await_copies<0>();  // before shared memory is another block's
 }

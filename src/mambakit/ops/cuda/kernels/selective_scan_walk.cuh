@@ -77,17 +77,7 @@ struct Part {
 // Tensor cores take the first 11 bits of a float. For y in bfloat16, of 8 bits, it is enough that what they leave out is made up
 // for on average; for float16 a second product adds it.
 constexpr bool SUMS_TWICE = !is_same<IO, bfloat16>;
-constexpr float LEFT_OUT = SUMS_TWICE ? 1.0f : 1.0f + 0.72f / 2048;
-
-// d (16 x 8) += A (16 x 8) B (8 x 8) of floats rounded to 11 bits; the order of elements is that of `multiply_add`, with a word each.
-FORCE_INLINE void multiply_add_floats(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
-        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
-}
-FORCE_INLINE float rounded(float v) { return __uint_as_float(__float_as_uint(v) + 0x1000u); }
-FORCE_INLINE float truncated(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+constexpr float MADE_UP = SUMS_TWICE ? 1.0f : LEFT_OUT;
 
 // Sums of SEGMENT steps over 4 lanes. Row g of an operand A has the lanes 4g .. 4g + 3, and B has ones that bring the sums of
 // quad q to columns 2q and 2q + 1: so lane (g, t) gets those of the steps 4t .. 4t + 3 of its row.
@@ -107,7 +97,7 @@ struct LaneSums {
       if (!SUMS_TWICE) continue;
       float rest[4];
 #pragma unroll
-      for (int k = 0; k < 4; k++) rest[k] = rounded(w[k] - truncated(w[k]));
+      for (int k = 0; k < 4; k++) rest[k] = left_out(w[k]);
       add(d, i, rest[0], rest[1], rest[2], rest[3]);
     }
     return make_float4(d[0], d[1], d[2], d[3]);
@@ -204,14 +194,16 @@ FORCE_INLINE void walk(
     B_fixed[k] = !B_VARIES && held ? B_constant[channel * d_state + n] : 0.0f;
     C_fixed[k] = !C_VARIES && held ? C_constant[channel * d_state + n] : 0.0f;
   }
-  const bool saves = saved && exists;
-  saved += (at.batch * ((seqlen + SAVE_EVERY - 1) / SAVE_EVERY) * d_inner + channel) * PADDED + first;
+  const int64 segments = (seqlen + SEGMENT - 1) / SEGMENT;
+  int to_save = saved && exists ? (int)segments : 0;
+  saved += (at.batch * segments * d_inner + channel) * PADDED + first;
   const Choice choice(g, t);
   const LaneSums lane_sums;
   const Lane lane(shared, warp, g, t);
 
   // One warp a scheduler has no other to fill its waits: a quad is read two quads ahead, and made ready one ahead. All quads of
-  // a tile are one piece of code, so that the compiler can fill waits of one with work of others.
+  // a tile are one piece of code, so that the compiler can fill waits of one with work of others. What it makes of this depends
+  // on the order here by 8 %, and on its version: this order is fast with NVRTC 13.0 and 13.5 (lab notes).
   await_ready(0);
   Source here(shared, lane, 0);
   Quad next;
@@ -223,36 +215,35 @@ FORCE_INLINE void walk(
 #pragma unroll 1
   for (unsigned tile = 0; tile < tiles; tile++) {
     const unsigned step = tile * TILE;  // modulo 2^32, which is a multiple of all rings
-    const int64 left = seqlen - (int64)tile * TILE;
     const Source then(shared, lane, step + TILE);
 #pragma unroll
     for (int from = 0; from < TILE; from += SEGMENT) {
       if (from + SEGMENT == TILE) await_ready(tile + 1);
-      if (saves && from < left) saved[0] = h[0], saved[2] = h[1];
+      if (from / SEGMENT < to_save) saved[0] = h[0], saved[2] = h[1];
       saved += d_inner * PADDED;
       float products[SEGMENT];
 #pragma unroll
       for (int q = 0; q < SEGMENT; q += QUAD) {
         const Ready now = ready_next;
-        ready_next.make(next, a, choice);
-        const int ahead = from + q + 2 * QUAD;
-        next.get(ahead < TILE ? here : then, ahead % TILE);
 #pragma unroll
         for (int s = 0; s < QUAD; s++) {
-          float sum = 0.0f;
 #pragma unroll
           for (int k = 0; k < 2; k++) {
             float factor = now.factor[s][k];
             if (HAS_RESTART) factor *= shared.restarts[step % RING + from + q + s];
             h[k] = fmaf(factor, h[k], now.dx[s] * (B_VARIES ? now.B[s][k] : B_fixed[k]));
-            sum = fmaf(C_VARIES ? now.C[s][k] : C_fixed[k], h[k], sum);
           }
-          products[q + s] = sum;
+          const float* const C = C_VARIES ? now.C[s] : C_fixed;
+          products[q + s] = fmaf(C[1], h[1], C[0] * h[0]);
         }
+        ready_next.make(next, a, choice);
+        const int ahead = from + q + 2 * QUAD;
+        next.get(ahead < TILE ? here : then, ahead % TILE);
       }
       *(float4*)(shared.y[0].of[0][0] + lane.y + step % Y_RING + from) = lane_sums.of(products);
     }
     announce_walked(shared, tile);
+    to_save -= TILE / SEGMENT;
     here = then;
   }
 #pragma unroll

@@ -48,6 +48,20 @@ MULTIPLY_ADD(bfloat16, "bf16")
 MULTIPLY_ADD(float16, "f16")
 #undef MULTIPLY_ADD
 
+// sums (16 x 8) += A (16 x 8) B (8 x 8) of floats, of which tensor cores take the first 11 bits (tf32); the order of elements is
+// that of the product of 16 along k, with a float in the place of a word.
+__device__ __forceinline__ void multiply_add_floats(float (&sums)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
+        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+// What they leave out of a float, rounded to as many bits; and a factor that makes up for it on average.
+__device__ __forceinline__ float left_out(float v) {
+  return __uint_as_float(__float_as_uint(v - __uint_as_float(__float_as_uint(v) & 0xffffe000u)) + 0x1000u);
+}
+constexpr float LEFT_OUT = 1.0f + 0.72f / 2048;
+
 #ifdef WARPGROUPS
 // sums (64 x N) += A (64 x 16) B (N x 16)^T, both in shared memory, with N twice the sums of a thread. It begins now, and ends
 // when its group is waited for. Warp w of the warpgroup has rows 16 w to 16 w + 15, as in `multiply_add`, eights of N in turn.
