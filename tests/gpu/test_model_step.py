@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -403,6 +403,21 @@ def test_so_is_a_step_of_one_kernel_with_fewer_blocks(
     test_a_step_is_as_accurate_as_the_modules(CONFIGS["one kernel"], dtype, batch)
 
 
+def assert_rows_are_independent(
+    model: MambaLanguageModel, batch: int, *parts: Sequence[int], steps: int = 3
+) -> None:
+    """Logits and states of these rows of a batch: the same bits among themselves as among all."""
+    tokens, state = read(model, batch)
+    selected = [torch.tensor(rows, device=DEVICE) for rows in parts]
+    alone = [state.select(rows) for rows in selected]
+    for t in range(steps):
+        logits = fused(model, tokens[:, t], state)
+        for rows, others in zip(selected, alone, strict=True):
+            assert torch.equal(fused(model, tokens[rows, t], others), logits[rows])
+    for rows, others in zip(selected, alone, strict=True):
+        assert all(map(torch.equal, numbers(others), numbers(state.select(rows))))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d_model", [64, 520])
 def test_a_row_does_not_depend_on_the_others(
@@ -410,18 +425,8 @@ def test_a_row_does_not_depend_on_the_others(
 ) -> None:
     model = make_model(dtype, d_model=d_model, n_layer=2)
     most = 8 if dtype == torch.float32 else tensor_core_products.FEWEST_ROWS - 1
-    tokens, state = read(model, most)
-    parts = [
-        torch.arange(first, last, device=DEVICE) for first, last in ((0, 1), (1, 3), (3, most))
-    ]
-    parts += [torch.tensor([3, 0, 2], device=DEVICE), torch.arange(1, 4, device=DEVICE)]
-    alone = [state.select(rows) for rows in parts]
-    for t in range(3):
-        logits = fused(model, tokens[:, t], state)
-        for rows, others in zip(parts, alone, strict=True):
-            assert torch.equal(fused(model, tokens[rows, t], others), logits[rows])
-    for rows, others in zip(parts, alone, strict=True):
-        assert all(map(torch.equal, numbers(others), numbers(state.select(rows))))
+    parts = [0], [1, 2], range(3, most), [3, 0, 2], range(1, 4)
+    assert_rows_are_independent(model, most, *parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -429,17 +434,8 @@ def test_a_row_on_tensor_cores_does_not_depend_on_the_others(
     dtype: torch.dtype, layout: None
 ) -> None:
     model = make_model(dtype, d_model=128, n_layer=2)
-    tokens, state = read(model, 64)
-    bounds = (0, 5), (8, 16), (3, 12), (40, 60), (0, 33)
-    parts = [torch.arange(first, last, device=DEVICE) for first, last in bounds]
-    parts.append(torch.arange(63, -1, -1, device=DEVICE))
-    alone = [state.select(rows) for rows in parts]
-    for t in range(2):
-        logits = fused(model, tokens[:, t], state)
-        for rows, others in zip(parts, alone, strict=True):
-            assert torch.equal(fused(model, tokens[rows, t], others), logits[rows])
-    for rows, others in zip(parts, alone, strict=True):
-        assert all(map(torch.equal, numbers(others), numbers(state.select(rows))))
+    parts = range(5), range(8, 16), range(3, 12), range(40, 60), range(33)
+    assert_rows_are_independent(model, 64, *parts, range(63, -1, -1), steps=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -448,17 +444,8 @@ def test_a_row_in_one_kernel_does_not_depend_on_the_others(
     d_model: int, dtype: torch.dtype
 ) -> None:
     model = make_model(dtype, d_model=d_model, n_layer=3)
-    tokens, state = read(model, 8)
-    bounds = (0, 1), (1, 3), (3, 6), (2, 7), (1, 8)
-    parts = [torch.arange(first, last, device=DEVICE) for first, last in bounds]
-    parts.append(torch.arange(7, -1, -1, device=DEVICE))
-    alone = [state.select(rows) for rows in parts]
-    for t in range(3):
-        logits = fused(model, tokens[:, t], state)
-        for rows, others in zip(parts, alone, strict=True):
-            assert torch.equal(fused(model, tokens[rows, t], others), logits[rows])
-    for rows, others in zip(parts, alone, strict=True):
-        assert all(map(torch.equal, numbers(others), numbers(state.select(rows))))
+    parts = range(1), range(1, 3), range(3, 6), range(2, 7), range(1, 8)
+    assert_rows_are_independent(model, 8, *parts, range(7, -1, -1))
 
 
 def test_steps_of_one_kernel_on_two_streams() -> None:
