@@ -53,6 +53,15 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(step_products, name, lambda _, value=value: value)
 
 
+@pytest.fixture
+def only_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("a step of many kernels")
+
+    monkeypatch.setattr(model_step, "_with_own_products", refuse)
+    monkeypatch.setattr(model_step, "_with_library_products", refuse)
+
+
 def make_layer(
     dtype: torch.dtype, batch: int, *, d_model: int, rank: int, d_state: int = 16, d_conv: int = 4
 ) -> Layer:
@@ -395,12 +404,24 @@ def test_so_is_a_step_of_many_kernels(
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_so_is_a_step_of_one_kernel_with_fewer_blocks(
-    dtype: torch.dtype, batch: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    batch: int,
+    blocks: int,
+    only_one_kernel: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Which have up to 35 channels each, and up to four rows of x_proj."""
     monkeypatch.setattr(one_kernel_step, "multiprocessors", lambda _: blocks)
-    assert one_kernel_step.plan(one_kernel_step.Shape(256, 512, 16, 16, 4), batch, blocks)
     test_a_step_is_as_accurate_as_the_modules(CONFIGS["one kernel"], dtype, batch)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["one kernel", "one kernel, other sizes", "wide"])
+def test_so_is_a_step_of_one_kernel(
+    name: str, dtype: torch.dtype, batch: int, only_one_kernel: None
+) -> None:
+    test_a_step_is_as_accurate_as_the_modules(CONFIGS[name], dtype, batch)
 
 
 def assert_rows_are_independent(
@@ -441,14 +462,14 @@ def test_a_row_on_tensor_cores_does_not_depend_on_the_others(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("d_model", [256, 1024])
 def test_a_row_in_one_kernel_does_not_depend_on_the_others(
-    d_model: int, dtype: torch.dtype
+    d_model: int, dtype: torch.dtype, only_one_kernel: None
 ) -> None:
     model = make_model(dtype, d_model=d_model, n_layer=3)
     parts = range(1), range(1, 3), range(3, 6), range(2, 7), range(1, 8)
     assert_rows_are_independent(model, 8, *parts, range(7, -1, -1))
 
 
-def test_steps_of_one_kernel_on_two_streams() -> None:
+def test_steps_of_one_kernel_on_two_streams(only_one_kernel: None) -> None:
     """Blocks that wait for one another, of two kernels at once: neither may keep the other's from the device."""
     model = make_model(torch.bfloat16, d_model=512, n_layer=6)
     tokens, start = read(model, 4)
@@ -540,7 +561,7 @@ def test_overlapping_kernels_change_no_bit(
     assert all(map(torch.equal, steps(), overlapping))
 
 
-def test_many_steps_of_one_kernel_give_the_same_bits() -> None:
+def test_many_steps_of_one_kernel_give_the_same_bits(only_one_kernel: None) -> None:
     """Blocks hand numbers to one another without barriers; 300 times, in whatever order they come."""
     model = make_model(torch.bfloat16, d_model=768, n_layer=8)
     tokens, start = read(model, 4)
