@@ -68,13 +68,25 @@ def test_padding_in_front_with_a_cuda_graph():
     assert torch.equal(found[1, 3:], alone[0])
 
 
-@pytest.mark.parametrize("name", ["Mamba", "FalconMamba"])
-def test_layers_of_transformers(name):
+JAMBA = {
+    "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_period": 2,
+    "attn_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1, "expert_layer_period": 2,
+    "expert_layer_offset": 1, "pad_token_id": 0,
+}  # fmt: skip
+EVERY_MODEL = pytest.mark.parametrize("name", ["Mamba", "FalconMamba", "Jamba"])
+
+
+def make_transformers_model(name):
     transformers = pytest.importorskip("transformers", minversion="5.21")
-    config = getattr(transformers, f"{name}Config")(
-        hidden_size=64, num_hidden_layers=2, vocab_size=96
-    )
-    model = getattr(transformers, f"{name}ForCausalLM")(config).cuda().train()
+    fields = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96}
+    fields |= JAMBA if name == "Jamba" else {}
+    config = getattr(transformers, f"{name}Config")(**fields)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+@EVERY_MODEL
+def test_layers_of_transformers(name):
+    model = make_transformers_model(name).cuda().train()
     tokens = torch.randint(0, 96, (2, 33), device="cuda")
     results = []
     for install in (False, True):
@@ -93,14 +105,11 @@ def test_layers_of_transformers(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["Mamba", "FalconMamba"])
+@EVERY_MODEL
 def test_steps_of_transformers(name, dtype):
     """One token after another from a cache, against the whole sequence at once on the CPU."""
-    transformers = pytest.importorskip("transformers", minversion="5.21")
-    config = getattr(transformers, f"{name}Config")(
-        hidden_size=64, num_hidden_layers=2, vocab_size=96
-    )
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = make_transformers_model(name).eval()
+    key = "past_key_values" if name == "Jamba" else "cache_params"
     tokens = torch.randint(0, 96, (2, 17))
     mambakit.compat.install()
     try:
@@ -109,7 +118,7 @@ def test_steps_of_transformers(name, dtype):
             model.to("cuda", dtype)
             output, logits = model(tokens[:, :8].cuda(), use_cache=True), []
             for token in tokens[:, 8:].cuda().split(1, dim=1):
-                output = model(token, use_cache=True, cache_params=output.cache_params)
+                output = model(token, use_cache=True, **{key: output[key]})
                 logits.append(output.logits.float().cpu())
     finally:
         mambakit.compat.uninstall()

@@ -417,11 +417,14 @@ def test_so_is_a_step_of_many_kernels(
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_so_is_a_step_of_one_kernel_with_fewer_blocks(
-    dtype: torch.dtype, batch: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    batch: int,
+    blocks: int,
+    only_one_kernel: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Which have up to 35 channels each, and up to four rows of x_proj."""
     monkeypatch.setattr(one_kernel_step, "multiprocessors", lambda _: blocks)
-    assert one_kernel_step.plan(one_kernel_step.Shape(256, 512, 16, 16, 4), batch, blocks)
     test_a_step_is_as_accurate_as_the_modules(CONFIGS["one kernel"], dtype, batch)
 
 
@@ -453,6 +456,15 @@ def test_so_is_a_step_of_many_rows_in_fewer_clusters(
     monkeypatch.setattr(many_rows_step, "clusters", lambda _: clusters)
     fields = {"d_model": 768, "n_layer": 2, "d_conv": d_conv}
     test_a_step_is_as_accurate_as_the_modules(fields, torch.bfloat16, batch)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["one kernel", "one kernel, other sizes", "wide"])
+def test_so_is_a_step_of_one_kernel(
+    name: str, dtype: torch.dtype, batch: int, only_one_kernel: None
+) -> None:
+    test_a_step_is_as_accurate_as_the_modules(CONFIGS[name], dtype, batch)
 
 
 def assert_rows_are_independent(
@@ -493,7 +505,7 @@ def test_a_row_on_tensor_cores_does_not_depend_on_the_others(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("d_model", [256, 1024])
 def test_a_row_in_one_kernel_does_not_depend_on_the_others(
-    d_model: int, dtype: torch.dtype
+    d_model: int, dtype: torch.dtype, only_one_kernel: None
 ) -> None:
     model = make_model(dtype, d_model=d_model, n_layer=3)
     parts = range(1), range(1, 3), range(3, 6), range(2, 7), range(1, 8)

@@ -1,9 +1,10 @@
-"""GGUF files in llama.cpp: the same greedy tokens. It comes with the package cyllama."""
+"""GGUF files in llama.cpp: the same greedy tokens. It comes with the package cyllama, and with llama-cpp-python."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from mambakit.data import load_tokenizer
 from mambakit.models import MambaConfig, MambaLanguageModel, save_model
 
-pytest.importorskip("cyllama")
-
 PROMPT = list(b"Hello w")
 TEXT = "Hé, it's 1234 o'clock:\n\n\tdef f(x):  return x\\0\0 → 日本"
 VARIANTS = {
@@ -23,7 +22,7 @@ VARIANTS = {
     "odd sizes": {"d_model": 24, "d_state": 5, "d_conv": 3, "dt_rank": 3, "norm_epsilon": 1e-3},
 }
 # In a process of its own, since llama.cpp writes to the terminal and may end the process.
-GREEDY = """
+BY_CYLLAMA = """
 import sys
 import cyllama.llama.llama_cpp as llama
 
@@ -43,6 +42,18 @@ text = bytes.fromhex(text).decode()
 if model.get_vocab().vocab_type:
     print("text", *model.get_vocab().tokenize(text, False, False))
 """
+BY_LLAMA_CPP_PYTHON = """
+import itertools
+import sys
+from llama_cpp import Llama
+
+path, text, count, *prompt = sys.argv[1:]
+model = Llama(path, verbose=False)
+tokens = model.generate(list(map(int, prompt)), temp=0.0, repeat_penalty=1.0)
+print("tokens", *itertools.islice(tokens, int(count)))
+print("text", *model.tokenize(bytes.fromhex(text), add_bos=False, special=False))
+"""
+PROGRAMS = {"cyllama": BY_CYLLAMA, "llama_cpp": BY_LLAMA_CPP_PYTHON}
 
 
 def make_model(**fields) -> MambaLanguageModel:
@@ -55,11 +66,13 @@ def make_model(**fields) -> MambaLanguageModel:
     return model
 
 
-def lines(model, folder, tokenizer=None) -> dict[str, list[int]]:
+def lines(model, folder, tokenizer=None, package="cyllama") -> dict[str, list[int]]:
     """What llama.cpp makes of a model, by the first word of its lines."""
+    if not find_spec(package):  # Imported in the other process alone.
+        pytest.skip(f"needs {package}")
     save_model(model, folder, "gguf", tokenizer)
     arguments = [str(folder / "model.gguf"), TEXT.encode().hex(), "24", *map(str, PROMPT)]
-    command = [sys.executable, "-c", GREEDY, *arguments]
+    command = [sys.executable, "-c", PROGRAMS[package], *arguments]
     result = subprocess.run(command, capture_output=True, check=True)
     words = [line.split() for line in result.stdout.decode(errors="replace").splitlines()]
     return {w[0]: list(map(int, w[1:])) for w in words if w and w[0] in ("tokens", "text")}
@@ -72,9 +85,10 @@ def test_same_greedy_tokens(tmp_path, fields):
     assert lines(model, tmp_path) == {"tokens": expected[0]}
 
 
-def test_a_tokenizer_of_bytes(tmp_path):
+@pytest.mark.parametrize("package", PROGRAMS)
+def test_a_tokenizer_of_bytes(tmp_path, package):
     model = make_model()
-    found = lines(model, tmp_path, load_tokenizer("bytes"))
+    found = lines(model, tmp_path, load_tokenizer("bytes"), package)
     assert found["tokens"] == model.generate([PROMPT], max_tokens=24, temperature=0)[0]
     assert found["text"] == list(TEXT.encode())
 

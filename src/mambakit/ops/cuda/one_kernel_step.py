@@ -95,6 +95,7 @@ def plan(shape: Shape, batch: int, blocks: int) -> Layout | None:
         return None
     tile = _tile(batch)
     work = 4 * tile * (shape.steering + 2 * WARPS * (MOST_OWN_ROWS + 8) + 4 * MOST_OWN_ROWS + WARPS)
+    # A slot has two barriers and a count of bytes beside it; 64 bytes are for the keeper's barriers and gaps.
     slots = (SHARED - work - 64) // (slot + 20)
     return Layout(parts[-1], slots) if slots > 2 else None
 
