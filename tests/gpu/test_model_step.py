@@ -352,7 +352,6 @@ def without_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one kernel, of narrow models too."""
-    monkeypatch.setattr(many_rows_step, "MOST_ROWS", 128)
     monkeypatch.setattr(many_rows_step, "LEAST_WIDTH", 256)
 
 

@@ -19,10 +19,10 @@ from mambakit.ops.cuda.compiler import kernel
 from mambakit.ops.cuda.one_kernel_step import SHARED, Shape, has_room, shape_of
 from mambakit.ops.model_layer import Layer
 
-FEWEST_ROWS, MOST_ROWS = 9, 0
-"""Of the batch. The kernel takes up to 128; none until its tests have passed on a GPU (docs/lab-notes.md)."""
+FEWEST_ROWS, MOST_ROWS = 9, 128
+"""Of the batch."""
 
-LEAST_WIDTH = 768
+LEAST_WIDTH = 1024
 """Of the stream, for which the step is faster than by the kernels of `model_step` (docs/lab-notes.md)."""
 
 MOST_LAYERS = 92

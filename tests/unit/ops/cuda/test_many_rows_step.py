@@ -87,7 +87,6 @@ def make_layer(dtype: torch.dtype = torch.bfloat16, width: int = 768, batch: int
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(many_rows_step, "MOST_ROWS", 128)
     monkeypatch.setattr(many_rows_step, "clusters", lambda _: 30)
     monkeypatch.setattr(many_rows_step, "has_room", lambda _: True)
 
@@ -113,9 +112,9 @@ def test_so_is_float32() -> None:
 
 
 def test_so_are_narrow_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not is_suitable(make_layer(width=512))
-    monkeypatch.setattr(many_rows_step, "LEAST_WIDTH", 512)
-    assert is_suitable(make_layer(width=512))
+    assert not is_suitable(make_layer(width=768))
+    monkeypatch.setattr(many_rows_step, "LEAST_WIDTH", 768)
+    assert is_suitable(make_layer(width=768))
 
 
 @pytest.mark.parametrize(("name", "value"), [("has_room", False), ("clusters", 0)])
