@@ -13,7 +13,9 @@ and written, the Transformer's keys and values read. No speed without parity: th
 those of the modules. Medians of steps timed by events; the spread is half the range of the middle half.
 
 `--fewest` sets `tensor_core_products.FEWEST_ROWS`: from how many rows of the batch on products are on tensor cores.
-With 65 none is, and a step of more than 8 rows takes PyTorch's products. Each value is a row of the table.
+With 65 none is, and a step of more than 8 rows takes PyTorch's products. `--most-rows` sets
+`many_rows_step.MOST_ROWS`: up to how many rows a step is one kernel; with 0 more than 8 are never. Each value is a row
+of the table.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from mambakit.models import (
     TransformerLanguageModel,
 )
 from mambakit.models.fused_step import _layer, _modules
-from mambakit.ops.cuda import model_step, tensor_core_products
+from mambakit.ops.cuda import many_rows_step, model_step, tensor_core_products
 from mambakit.ops.cuda.step_products import are_for_tensor_cores
 from report import Measurement, print_table
 
@@ -140,12 +142,17 @@ def decode(name: str, batch: int, bandwidth: float) -> dict[str, Any]:
     }
 
 
-def measure(name: str, batch: int, bandwidth: float, fewest: int | None) -> dict[str, Any]:
+def measure(
+    name: str, batch: int, bandwidth: float, fewest: int | None, most: int | None
+) -> dict[str, Any]:
     """One row: the numbers of `decode`, or that it does not fit."""
     row: dict[str, Any] = {"case": f"{name} batch {batch}", "model": name, "batch": batch}
     if fewest is not None:
         tensor_core_products.FEWEST_ROWS = fewest
         row |= {"case": f"{row['case']}, tensor cores from {fewest} rows on", "fewest": fewest}
+    if most is not None:
+        many_rows_step.MOST_ROWS = most
+        row |= {"case": f"{row['case']}, one kernel up to {most} rows", "most_rows": most}
     try:
         row |= decode(name, batch, bandwidth)
     except torch.cuda.OutOfMemoryError:
@@ -249,6 +256,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS), help="prefixes of names")
     parser.add_argument("--batches", nargs="*", type=int, default=list(BATCHES))
     parser.add_argument("--fewest", nargs="+", type=int, default=[None], metavar="ROWS")
+    parser.add_argument("--most-rows", nargs="+", type=int, default=[None], metavar="ROWS")
     parser.add_argument("--kernels", metavar="MODEL", help="each kernel of this model instead")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--commit", help="where there is no git history, the commit")
@@ -261,10 +269,11 @@ def main() -> None:
     else:
         names = [name for name in MODELS if name.startswith(tuple(options.models))]
         rows = [
-            measure(name, batch, bandwidth, fewest)
+            measure(name, batch, bandwidth, fewest, most)
             for batch in options.batches
             for name in names
             for fewest in options.fewest
+            for most in options.most_rows
         ]
         print_steps(rows)
     if options.json is not None:

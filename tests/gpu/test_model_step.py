@@ -17,6 +17,7 @@ from mambakit.models import MambaConfig, MambaLanguageModel, ModelState
 from mambakit.models.fused_step import fused_step
 from mambakit.ops.cuda import (
     launch,
+    many_rows_step,
     model_step,
     one_kernel_step,
     step_products,
@@ -51,15 +52,6 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     share; and warps that multiply together, where there are any, or each by itself."""
     for name, value in request.param.items():
         monkeypatch.setattr(step_products, name, lambda _, value=value: value)
-
-
-@pytest.fixture
-def only_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> Tensor:
-        raise AssertionError("a step of many kernels")
-
-    monkeypatch.setattr(model_step, "_with_own_products", refuse)
-    monkeypatch.setattr(model_step, "_with_library_products", refuse)
 
 
 def make_layer(
@@ -352,6 +344,26 @@ def in_double(
     return twin.double(), copy
 
 
+def without_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (one_kernel_step, many_rows_step):
+        monkeypatch.setattr(module, "has_room", lambda _: False)
+
+
+@pytest.fixture
+def many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one kernel, of narrow models too."""
+    monkeypatch.setattr(many_rows_step, "LEAST_WIDTH", 256)
+
+
+@pytest.fixture
+def only_one_kernel(many_rows: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("a step of many kernels")
+
+    monkeypatch.setattr(model_step, "_with_own_products", refuse)
+    monkeypatch.setattr(model_step, "_with_library_products", refuse)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 9, 40, 100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
@@ -386,7 +398,7 @@ def test_so_is_a_step_without_tensor_cores(
 ) -> None:
     """As before Hopper: number by number, and from 9 rows on with the library's products."""
     monkeypatch.setattr(step_products, "has_clusters", lambda _: False)
-    monkeypatch.setattr(one_kernel_step, "_has_room", lambda _: False)
+    without_one_kernel(monkeypatch)
     test_a_step_is_as_accurate_as_the_modules(fields, dtype, batch)
 
 
@@ -396,7 +408,7 @@ def test_so_is_a_step_of_many_kernels(
     dtype: torch.dtype, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a model for which there is one kernel."""
-    monkeypatch.setattr(one_kernel_step, "_has_room", lambda _: False)
+    without_one_kernel(monkeypatch)
     test_a_step_is_as_accurate_as_the_modules(CONFIGS["wide"], dtype, batch)
 
 
@@ -413,6 +425,36 @@ def test_so_is_a_step_of_one_kernel_with_fewer_blocks(
     """Which have up to 35 channels each, and up to four rows of x_proj."""
     monkeypatch.setattr(one_kernel_step, "multiprocessors", lambda _: blocks)
     test_a_step_is_as_accurate_as_the_modules(CONFIGS["one kernel"], dtype, batch)
+
+
+@pytest.mark.parametrize("batch", [9, 17, 33, 64, 65, 100, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d_model", [256, 1024])
+def test_so_is_a_step_of_many_rows_in_one_kernel(
+    d_model: int, dtype: torch.dtype, batch: int, only_one_kernel: None
+) -> None:
+    fields = {"d_model": d_model, "n_layer": 2, "norm_epsilon": 1e-2}
+    test_a_step_is_as_accurate_as_the_modules(fields, dtype, batch)
+
+
+@pytest.mark.parametrize("batch", [64, 128])
+@pytest.mark.parametrize("d_model", [1536, 2048, 2560])
+def test_so_is_a_step_of_many_rows_of_wider_models(
+    d_model: int, batch: int, only_one_kernel: None
+) -> None:
+    fields = {"d_model": d_model, "n_layer": 2, "tie_embeddings": False, "vocab_size": 5003}
+    test_a_step_is_as_accurate_as_the_modules(fields, torch.bfloat16, batch)
+
+
+@pytest.mark.parametrize("clusters", [12, 29])
+@pytest.mark.parametrize("batch", [20, 70])
+@pytest.mark.parametrize("d_conv", [2, 4])
+def test_so_is_a_step_of_many_rows_in_fewer_clusters(
+    d_conv: int, batch: int, clusters: int, only_one_kernel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(many_rows_step, "clusters", lambda _: clusters)
+    fields = {"d_model": 768, "n_layer": 2, "d_conv": d_conv}
+    test_a_step_is_as_accurate_as_the_modules(fields, torch.bfloat16, batch)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
@@ -469,10 +511,23 @@ def test_a_row_in_one_kernel_does_not_depend_on_the_others(
     assert_rows_are_independent(model, 8, *parts, range(7, -1, -1))
 
 
-def test_steps_of_one_kernel_on_two_streams(only_one_kernel: None) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d_model", [256, 768])
+def test_a_row_of_many_in_one_kernel_does_not_depend_on_the_others(
+    d_model: int, dtype: torch.dtype, only_one_kernel: None
+) -> None:
+    model = make_model(dtype, d_model=d_model, n_layer=3)
+    parts = range(9), range(3, 20), range(40, 73), range(64), range(63, 128), range(28, 128)
+    assert_rows_are_independent(model, 128, *parts, range(127, -1, -1))
+
+
+@pytest.mark.parametrize(("d_model", "batch"), [(512, 4), (768, 20)])
+def test_steps_of_one_kernel_on_two_streams(
+    d_model: int, batch: int, only_one_kernel: None
+) -> None:
     """Blocks that wait for one another, of two kernels at once: neither may keep the other's from the device."""
-    model = make_model(torch.bfloat16, d_model=512, n_layer=6)
-    tokens, start = read(model, 4)
+    model = make_model(torch.bfloat16, d_model=d_model, n_layer=6)
+    tokens, start = read(model, batch)
     expected, state = [], start.clone()
     for t in range(5):
         expected.append(fused(model, tokens[:, t], state))
@@ -520,9 +575,30 @@ def test_states_in_a_pool(batch: int, d_model: int) -> None:
         assert (found[batch:] == 1).all()
 
 
-@pytest.mark.parametrize("d_model", [128, 256])
+@pytest.mark.parametrize("batch", [9, 77])
+def test_states_of_many_rows_in_a_pool(batch: int, only_one_kernel: None) -> None:
+    """Whose rows have room between them."""
+    model = make_model(torch.bfloat16, d_model=768)
+    tokens, state = read(model, batch)
+    wide = [
+        torch.ones(batch + 3, 2, *own.shape[1:], dtype=own.dtype, device=DEVICE)
+        for own in numbers(state)
+    ]
+    view = state.clone()
+    for i, (layer, own) in enumerate(zip(view.layers, state.layers, strict=True)):
+        layer.conv_state, layer.ssm_state = (pool[:batch, 0] for pool in wide[2 * i : 2 * i + 2])
+        layer.conv_state.copy_(own.conv_state)
+        layer.ssm_state.copy_(own.ssm_state)
+    assert torch.equal(fused(model, tokens[:, 0], view), fused(model, tokens[:, 0], state))
+    for pool, own in zip(wide, numbers(state), strict=True):
+        assert torch.equal(pool[:batch, 0], own)
+        assert (pool[batch:] == 1).all()
+        assert (pool[:, 1] == 1).all()
+
+
+@pytest.mark.parametrize("d_model", [128, 256, 768])
 @pytest.mark.parametrize("batch", [1, 8, 9, 64, 129])
-def test_a_graph_of_a_step(batch: int, d_model: int) -> None:
+def test_a_graph_of_a_step(batch: int, d_model: int, many_rows: None) -> None:
     model = make_model(torch.bfloat16, d_model=d_model)
     tokens, start = read(model, batch)
     state, expected = start.clone(), []
@@ -546,7 +622,7 @@ def test_a_graph_of_a_step(batch: int, d_model: int) -> None:
 def test_overlapping_kernels_change_no_bit(
     d_model: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_kernel_step, "_has_room", lambda _: False)
+    without_one_kernel(monkeypatch)
     model = make_model(torch.bfloat16, d_model=d_model, n_layer=8)
     tokens, start = read(model, batch)
 
@@ -561,10 +637,11 @@ def test_overlapping_kernels_change_no_bit(
     assert all(map(torch.equal, steps(), overlapping))
 
 
-def test_many_steps_of_one_kernel_give_the_same_bits(only_one_kernel: None) -> None:
-    """Blocks hand numbers to one another without barriers; 300 times, in whatever order they come."""
+@pytest.mark.parametrize("batch", [4, 37, 128])
+def test_many_steps_of_one_kernel_give_the_same_bits(batch: int, only_one_kernel: None) -> None:
+    """Blocks hand numbers to one another without barriers of all; 300 times, in whatever order they come."""
     model = make_model(torch.bfloat16, d_model=768, n_layer=8)
-    tokens, start = read(model, 4)
+    tokens, start = read(model, batch)
     expected: list[Tensor] = []
     for turn in range(60):
         state = start.clone()

@@ -100,6 +100,30 @@ class Kernel:
                 f"the NVIDIA driver cannot launch {self.name} ({status}); use backend='reference'"
             )
 
+    def clusters(self, block: int, *, shared: int) -> int:
+        """How many clusters of a kernel that declares their size the device runs at once.
+
+        Args:
+            block: Threads in a block.
+            shared: Bytes of dynamic shared memory of a block.
+        """
+        from cuda.bindings import driver
+
+        with torch.cuda.device(self._index):
+            if self._index not in _bound_devices():
+                _bind(self._index)
+            if shared > self._shared:
+                self._allow(shared)
+            config = driver.CUlaunchConfig()
+            config.gridDimX, config.gridDimY, config.gridDimZ = 4, 1, 1
+            config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+            config.sharedMemBytes = shared
+            config.attrs, config.numAttrs = [], 0
+            function = driver.CUfunction(int(self._handle))
+            status, count = driver.cuOccupancyMaxActiveClusters(function, config)
+        assert int(status) == 0, f"{self.name}: {status}"
+        return int(count)
+
     def _allow(self, shared: int) -> None:
         from cuda.bindings import driver
 

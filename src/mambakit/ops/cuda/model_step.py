@@ -1,10 +1,10 @@
 """One decoding step of a whole model on a GPU, bound by the reading of the weights.
 
-On Hopper a step of up to 8 rows in half precision is one kernel, if the model's sizes are even enough
-(`one_kernel_step`). Else it is four kernels a layer, that read every weight once and do what is between the products at
-their ends. Each begins to read its weights while the one before still runs. For a few rows they multiply number by
-number, for up to 64 on tensor cores, and then dt has a product of its own. For more rows, and for what the tensor cores
-do not take, the products are PyTorch's (cuBLAS).
+On Hopper a step of up to 128 rows in half precision is one kernel, if the model's sizes are even enough
+(`one_kernel_step`, `many_rows_step`). Else it is four kernels a layer, that read every weight once and do what is
+between the products at their ends. Each begins to read its weights while the one before still runs. For a few rows they
+multiply number by number, for up to 64 on tensor cores, and then dt has a product of its own. For more rows, and for
+what the tensor cores do not take, the products are PyTorch's (cuBLAS).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from mambakit.ops.cuda import one_kernel_step
+from mambakit.ops.cuda import many_rows_step, one_kernel_step
 from mambakit.ops.cuda.arrays import TYPES, Variants, lanes
 from mambakit.ops.cuda.causal_conv1d import causal_conv1d_step
 from mambakit.ops.cuda.compiler import kernel
@@ -90,8 +90,8 @@ def model_step(
     """Logits, (B, V), of a token a sequence, (B,); the states move on.
 
     All tensors are `suitable`. With kernels of our own a row does not depend on the other rows of the batch, nor on how
-    many there are, as long as the same kernels multiply: for few rows, or for those of `tensor_core_products`. A token
-    that is none is an error of the device.
+    many there are, as long as the same kernels multiply: for up to 8 rows in one kernel, for 9 to 128 in another, for
+    few rows, or for those of `tensor_core_products`. A token that is none is an error of the device.
 
     Args:
         layers: First layer first.
@@ -105,8 +105,11 @@ def model_step(
     batch = tokens.shape[0]
     if batch == 0:
         return head.new_empty(0, head.shape[0])
-    if one_kernel_step.suitable(layers, (embedding, norm_f, head), batch):
+    around = embedding, norm_f, head
+    if one_kernel_step.suitable(layers, around, batch):
         logits = one_kernel_step.step(tokens, embedding, layers, norm_f, head, eps)
+    elif many_rows_step.suitable(layers, around, batch):
+        logits = many_rows_step.step(tokens, embedding, layers, norm_f, head, eps)
     else:
         is_ours = batch <= MOST_ROWS or are_for_tensor_cores(layers[0], batch)
         step = _with_own_products if is_ours else _with_library_products
@@ -381,4 +384,4 @@ def variants() -> Variants:
             ("decode_scan.cu", "decode_scan", projected),
             ("decode_embedding.cu", "decode_embedding", embedding),
         ]
-    return found + one_kernel_step.variants()
+    return found + one_kernel_step.variants() + many_rows_step.variants()

@@ -42,7 +42,7 @@ MOST_LAYERS = 256
 """Whose addresses fit into the parameters of a kernel, 32 KB."""
 
 GAP = 64
-"""Bytes between rows of a slot; see kernels/ring.cuh."""
+"""Bytes between rows of a slot; see kernels/row_sender.cuh."""
 
 
 class Shape(NamedTuple):
@@ -113,18 +113,18 @@ def suitable(layers: Sequence[Layer], around: Sequence[Tensor], batch: int) -> b
         batch > MOST_ROWS
         or dtype.itemsize != 2
         or len(layers) > MOST_LAYERS
-        or not _has_room(device)
+        or not has_room(device)
     ):
         return False
     first = layers[0]
-    shape = _shape(first)
+    shape = shape_of(first)
     if plan(shape, batch, multiprocessors(device)) is None:
         return False
     strides = first.conv_state.stride(), first.ssm_state.stride()
     read_in_sixteens = [*around]
     for layer in layers:
         if (
-            _shape(layer) != shape
+            shape_of(layer) != shape
             or (layer.conv_state.stride(), layer.ssm_state.stride()) != strides
         ):
             return False
@@ -152,7 +152,7 @@ def step(
     """Logits, (B, V); arguments as in `model_step.model_step`."""
     tokens = tokens.contiguous()
     batch, vocab, device = tokens.shape[0], head.shape[0], head.device
-    shape, blocks = _shape(layers[0]), multiprocessors(device)
+    shape, blocks = shape_of(layers[0]), multiprocessors(device)
     layout = plan(shape, batch, blocks)
     assert layout is not None
     logits = head.new_empty(batch, vocab)
@@ -207,7 +207,8 @@ def _tile(batch: int) -> int:
     return 1 << (batch - 1).bit_length()
 
 
-def _shape(layer: Layer) -> Shape:
+def shape_of(layer: Layer) -> Shape:
+    """Of one layer."""
     channels, states = layer.A_log.shape
     return Shape(
         layer.norm.shape[0], channels, layer.dt_proj.shape[1], states, layer.conv.shape[-1]
@@ -215,7 +216,7 @@ def _shape(layer: Layer) -> Shape:
 
 
 @functools.cache
-def _has_room(device: torch.device) -> bool:
+def has_room(device: torch.device) -> bool:
     """Whether the GPU is one for which the kernel is written, Hopper, with the shared memory that it has."""
     properties: Any = torch.cuda.get_device_properties(device)
     return has_warpgroups(device) and bool(properties.shared_memory_per_block_optin > SHARED)

@@ -129,6 +129,21 @@ def test_more_blocks_together_than_there_is_room_for(write_kernel: Write) -> Non
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="needs clusters",
+)
+def test_clusters_at_once(write_kernel: Write) -> None:
+    """Of blocks of which one fits into a multiprocessor, and of smaller ones."""
+    write_kernel('extern "C" __global__ void __cluster_dims__(2, 1, 1) pair() {}')
+    kernel = compiler.kernel("a.cu", "pair", torch.device("cuda", 0))
+    properties = torch.cuda.get_device_properties(0)
+    found = kernel.clusters(128, shared=properties.shared_memory_per_block_optin - 1024)
+    assert 0 < found <= properties.multi_processor_count // 2
+    assert kernel.clusters(128, shared=1024) > found
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_device_that_is_not_the_current_one(write_kernel: Write) -> None:
     write_kernel(SET)

@@ -85,7 +85,7 @@ def make_layer(dtype: torch.dtype = torch.bfloat16, width: int = 256, batch: int
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_kernel_step, "multiprocessors", lambda _: 132)
-    monkeypatch.setattr(one_kernel_step, "_has_room", lambda _: True)
+    monkeypatch.setattr(one_kernel_step, "has_room", lambda _: True)
 
 
 def is_suitable(*layers: Layer, batch: int = 2, head: torch.Tensor | None = None) -> bool:
@@ -108,7 +108,7 @@ def test_more_rows_are_left_to_other_kernels() -> None:
 
 
 def test_so_is_a_gpu_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_kernel_step, "_has_room", lambda _: False)
+    monkeypatch.setattr(one_kernel_step, "has_room", lambda _: False)
     assert not is_suitable(make_layer())
 
 

@@ -5,6 +5,16 @@
 
 __device__ __forceinline__ unsigned address_of(const void* shared) { return (unsigned)__cvta_generic_to_shared(shared); }
 
+// The same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ unsigned address_in(const void* shared, unsigned rank) {
+  unsigned at;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(address_of(shared)), "r"(rank));
+  return at;
+}
+
+// How a tensor lies in memory, as the driver encodes it.
+struct alignas(64) TensorMap { char bytes[128]; };
+
 struct BlockBarrier {
   uint64 word;
 
@@ -29,6 +39,20 @@ struct BlockBarrier {
                  ::"r"(address_of(to)), "l"(from), "n"(BYTES), "r"(address_of(this)) : "memory");
   }
 
+  __device__ __forceinline__ void copy(char* to, const void* from, int bytes) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(address_of(to)), "l"(from), "r"(bytes), "r"(address_of(this)) : "memory");
+  }
+  // A box of a tensor in two dimensions, from this number of this row on.
+  __device__ __forceinline__ void copy_box(char* to, const TensorMap& map, int number, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(address_of(to)), "l"(&map), "r"(number), "r"(row), "r"(address_of(this)) : "memory");
+  }
+
+  // The barrier at the same place of another block of the cluster; what this thread wrote there may come later.
+  __device__ __forceinline__ void arrive_at(unsigned rank) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(this, rank)) : "memory");
+  }
   // That a turn of this parity has ended.
   __device__ __forceinline__ void await(unsigned parity) const {
     unsigned done;
@@ -38,3 +62,13 @@ struct BlockBarrier {
     } while (!done);
   }
 };
+
+// Numbers to the shared memory of a block of the cluster, of which a barrier there hears as of a copy.
+__device__ __forceinline__ void write_async(unsigned to, float first, float second, unsigned barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+               ::"r"(to), "f"(first), "f"(second), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void write_async(unsigned to, float a, float b, float c, float d, unsigned barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+               ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier) : "memory");
+}

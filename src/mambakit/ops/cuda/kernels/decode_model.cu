@@ -8,7 +8,7 @@
 //
 // IO: bfloat16 or float16. TOKEN: type of tokens. LAYERS: of the model. WIDTH (M), CHANNELS (D), RANK (R), D_STATE (N), TAPS (W).
 // BATCH: 1, 2, 4 or 8, not less than the rows. WARPGROUPS: of a block, 3; the last one sends, and needs few registers. PART: a
-// divisor of M and D, and a multiple of WARPS * 32. SHARED: bytes of shared memory. Otherwise as in ring.cuh.
+// divisor of M and D, and a multiple of WARPS * 32. SHARED: bytes of shared memory. Otherwise as in row_sender.cuh.
 constexpr int WARPS = 4 * (WARPGROUPS - 1), THREADS = 32 * WARPS;  // that take
 constexpr int SLOT = 8 * (PART * 2 + 64);
 
@@ -53,7 +53,7 @@ struct Model {
 };
 
 struct Shared {
-  RingBarriers barriers;
+  RingBarriers<SLOTS> barriers;
   Keeper keeper;
   alignas(16) float steering[BATCH][STEERING];
   Sums sums, z_sums;
@@ -79,21 +79,21 @@ struct Own {
       : head(vocab, blockIdx.x), early(min(channels.count, (channels.count + 15) / 16 * 8)) {}
 };
 
-__device__ __forceinline__ void send_all(Sender sender, const Model& model, const Own& own) {
+__device__ __forceinline__ void send_all(RowSender sender, const Model& model, const Own& own) {
   const int channel = own.channels.first, count = own.channels.count;
   for (int l = 0; l < LAYERS; ++l) {
     const Layer& layer = model.layers[l];
     const IO* const z = layer.in_proj + (int64)(CHANNELS + channel) * WIDTH;
-    sender.send<WIDTH>(layer.norm, 1, WIDTH);
+    sender.send_rows<WIDTH>(layer.norm, 1, WIDTH);
     sender.send_eights<PART, WIDTH>(layer.in_proj + (int64)channel * WIDTH, count);
     sender.send_eights<PART, WIDTH>(z, own.early);
     if (own.steering.count > 0)
-      sender.send<CHANNELS>(layer.x_proj + (int64)own.steering.first * CHANNELS, own.steering.count, CHANNELS);
+      sender.send_rows<CHANNELS>(layer.x_proj + (int64)own.steering.first * CHANNELS, own.steering.count, CHANNELS);
     sender.send_eights<PART, WIDTH>(z + (int64)own.early * WIDTH, count - own.early);
-    sender.send<RANK>(layer.dt_proj + (int64)channel * RANK, count, RANK);
+    sender.send_rows<RANK>(layer.dt_proj + (int64)channel * RANK, count, RANK);
     sender.send_eights<PART, CHANNELS>(layer.out_proj + (int64)own.stream.first * CHANNELS, own.stream.count);
   }
-  sender.send<WIDTH>(model.norm_f, 1, WIDTH);
+  sender.send_rows<WIDTH>(model.norm_f, 1, WIDTH);
   sender.send_eights<PART, WIDTH>(model.head + (int64)own.head.first * WIDTH, own.head.count);
 }
 
@@ -355,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, 1) decode_model(c
   extern __shared__ __align__(128) char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory + SLOTS * SLOT);
   if (threadIdx.x == 0) {
-    Ring::make(shared.barriers, WARPS);
+    shared.barriers.make(WARPS);
     shared.keeper.make(WARPS);
     BlockBarrier::publish();
   }
@@ -363,7 +363,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, 1) decode_model(c
   const Own own(model.vocab);
   if (threadIdx.x >= THREADS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-    if (threadIdx.x / 32 == WARPS) send_all(Sender(memory, shared.barriers), model, own);
+    if (threadIdx.x / 32 == WARPS) send_all(RowSender(memory, shared.barriers), model, own);
     if (threadIdx.x / 32 == WARPS + 1) shared.keeper.keep(model.arrived, LAYERS);
     return;
   }

@@ -1,85 +1,80 @@
-// A ring of slots in shared memory, through which one warp of a block sends rows of matrices to the others: bulk copies, which
-// take no registers and hardly an instruction, and which go on while the others wait for something else.
+// A ring of slots in shared memory, through which one warp of a block sends what others need, weights above all: bulk copies,
+// which take no registers and hardly an instruction, and which go on while the others wait for something else.
 //
-// A slot holds rows, or parts of rows, with a gap between neighbours so that a warp can read eight rows at a time without two
-// of them in the same banks. Sender and takers go through the slots in the same order.
-//
-// SLOTS: of the ring. IN_FLIGHT: bytes that may be on their way at the same time. More keep the memory no busier, but what
-// the takers then read by themselves waits longer behind them. SLOT: bytes of a slot.
+// Sender and takers go through the slots in the same order.
 #pragma once
 #include "block_barrier.cuh"
 
-constexpr int GAP = 64;  // bytes
+// full: the copies have arrived. empty: all takers have released the slot. bytes: that were sent last.
+template <int COUNT> struct RingBarriers {
+  BlockBarrier full[COUNT], empty[COUNT];
+  int bytes[COUNT];
 
-// full: the copies have arrived. empty: all takers have released the slot.
-struct RingBarriers {
-  BlockBarrier full[SLOTS], empty[SLOTS];
-  int bytes[SLOTS];  // that were sent last
+  __device__ __forceinline__ void make(int takers) {
+    for (int i = 0; i < COUNT; ++i) full[i].make(1), empty[i].make(takers);
+  }
 };
 
-struct Ring {
+// COUNT slots of so many BYTES.
+template <int COUNT, int BYTES> struct Ring {
   char* memory;
-  RingBarriers& barriers;
+  RingBarriers<COUNT>& barriers;
   int slot = 0;
   unsigned turn = 0;  // parity
 
-  __device__ __forceinline__ Ring(char* memory, RingBarriers& barriers) : memory(memory), barriers(barriers) {}
-
-  __device__ __forceinline__ static void make(RingBarriers& barriers, int takers) {
-    for (int i = 0; i < SLOTS; ++i) barriers.full[i].make(1), barriers.empty[i].make(takers);
-  }
+  __device__ __forceinline__ Ring(char* memory, RingBarriers<COUNT>& barriers) : memory(memory), barriers(barriers) {}
 
   __device__ __forceinline__ void advance() {
-    if (++slot == SLOTS) slot = 0, turn ^= 1;
+    if (++slot == COUNT) slot = 0, turn ^= 1;
   }
 };
 
-// A whole warp.
-struct Sender : Ring {
-  Ring oldest;  // slot of those on their way
-  int in_flight = 0;  // bytes
+// A whole warp. FLYING: bytes that may be on their way at the same time. More keep the memory no busier, but what the takers then
+// read by themselves waits longer behind them.
+template <int COUNT, int BYTES, int FLYING> struct Sender : Ring<COUNT, BYTES> {
+  Ring<COUNT, BYTES> oldest;  // slot of those on their way
+  int in_flight = 0;          // bytes
 
-  __device__ __forceinline__ Sender(char* memory, RingBarriers& barriers) : Ring(memory, barriers), oldest(memory, barriers) {}
+  __device__ __forceinline__ Sender(char* memory, RingBarriers<COUNT>& barriers)
+      : Ring<COUNT, BYTES>(memory, barriers), oldest(memory, barriers) {}
 
-  // One slot: LENGTH numbers of each of `rows` rows.
-  template <int LENGTH> __device__ __forceinline__ void send(const IO* from, int rows, int64 stride) {
-    constexpr int BYTES = LENGTH * sizeof(IO);
-    barriers.empty[slot].await(turn ^ 1);  // at once in the first turn
-    while (in_flight > 0 && (in_flight + rows * BYTES > IN_FLIGHT || oldest.slot == slot)) {
+  // One slot: do_copy(its barrier, its memory) copies so many bytes.
+  template <class Copy> __device__ __forceinline__ void send(int bytes, Copy do_copy) {
+    const int slot = this->slot;
+    RingBarriers<COUNT>& barriers = this->barriers;
+    barriers.empty[slot].await(this->turn ^ 1);  // at once in the first turn
+    while (in_flight > 0 && (in_flight + bytes > FLYING || oldest.slot == slot)) {
       barriers.full[oldest.slot].await(oldest.turn);
       in_flight -= barriers.bytes[oldest.slot];
       oldest.advance();
     }
-    BlockBarrier& full = barriers.full[slot];
-    const int lane = threadIdx.x % 32;
-    if (lane == 0) full.arrive_for(rows * BYTES), barriers.bytes[slot] = rows * BYTES;
+    if (threadIdx.x % 32 == 0) barriers.full[slot].arrive_for(bytes), barriers.bytes[slot] = bytes;
     __syncwarp();
-    for (int row = lane; row < rows; row += 32)
-      full.copy<BYTES>(memory + slot * SLOT + row * (BYTES + GAP), from + row * stride);
-    in_flight += rows * BYTES;
-    advance();
-  }
-
-  // A matrix, eight rows and LENGTH columns a slot.
-  template <int LENGTH, int COLUMNS> __device__ __forceinline__ void send_eights(const IO* from, int rows) {
-    for (int row = 0; row < rows; row += 8)
-      for (int k = 0; k < COLUMNS; k += LENGTH)
-        send<LENGTH>(from + (int64)row * COLUMNS + k, min(8, rows - row), COLUMNS);
+    do_copy(barriers.full[slot], this->memory + slot * BYTES);
+    in_flight += bytes;
+    this->advance();
   }
 };
 
 // Every warp of those that take, each by itself.
-struct Taker : Ring {
-  using Ring::Ring;
+template <int COUNT, int BYTES> struct Taker : Ring<COUNT, BYTES> {
+  using Ring<COUNT, BYTES>::Ring;
 
-  __device__ __forceinline__ const char* await_slot() const {
-    barriers.full[slot].await(turn);
-    return memory + slot * SLOT;
+  __device__ __forceinline__ char* await_slot() const {
+    this->barriers.full[this->slot].await(this->turn);
+    return this->memory + this->slot * BYTES;
+  }
+
+  // The slot after this one, which has not been released.
+  __device__ __forceinline__ char* await_next() const {
+    const int next = this->slot + 1 == COUNT ? 0 : this->slot + 1;
+    this->barriers.full[next].await(this->turn ^ (next == 0));
+    return this->memory + next * BYTES;
   }
 
   __device__ __forceinline__ void release() {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barriers.empty[slot].arrive();
-    advance();
+    if (threadIdx.x % 32 == 0) this->barriers.empty[this->slot].arrive();
+    this->advance();
   }
 };

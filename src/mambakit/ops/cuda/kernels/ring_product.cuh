@@ -9,7 +9,7 @@
 // sixteen bytes of row g, those from number 8 t of 32 on, and has with them its words for two instructions.
 #pragma once
 #include "exchange.cuh"
-#include "ring.cuh"
+#include "row_sender.cuh"
 #include "tensor_cores.cuh"
 
 // The barrier of those that multiply.
@@ -65,11 +65,11 @@ __device__ __forceinline__ void multiply(Eight& eight, const uint4* x, const cha
   for (int c = 0; c < CHUNKS; ++c) eight.add(x[c], w[c], c);
 }
 
-struct RingProduct : Taker {
+struct RingProduct : Taker<SLOTS, SLOT> {
   Lane lane;
   int batch;
 
-  __device__ __forceinline__ RingProduct(char* memory, RingBarriers& barriers, int batch)
+  __device__ __forceinline__ RingProduct(char* memory, RingBarriers<SLOTS>& barriers, int batch)
       : Taker(memory, barriers), batch(batch) {}
 
   // x, of which every block has written a part.

@@ -65,26 +65,49 @@ constexpr float LEFT_OUT = 1.0f + 0.72f / 2048;
 #ifdef WARPGROUPS
 // sums (64 x N) += A (64 x 16) B (N x 16)^T, both in shared memory, with N twice the sums of a thread. It begins now, and ends
 // when its group is waited for. Warp w of the warpgroup has rows 16 w to 16 w + 15, as in `multiply_add`, eights of N in turn.
-template <class T> __device__ __forceinline__ void multiply_add_warpgroup(float (&sums)[16], uint64 a, uint64 b);
-template <class T> __device__ __forceinline__ void multiply_add_warpgroup(float (&sums)[32], uint64 a, uint64 b);
-#define EIGHT(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), \
-                 "+f"(sums[i + 4]), "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
-#define MULTIPLY_ADD_WARPGROUP(T, NAME)                                                                                \
-  template <> __device__ __forceinline__ void multiply_add_warpgroup<T>(float (&sums)[16], uint64 a, uint64 b) {       \
+template <class T, int SUMS> __device__ __forceinline__ void multiply_add_warpgroup(float (&sums)[SUMS], uint64 a, uint64 b);
+#define FOUR(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
+#define SUMS_4 FOUR(0)
+#define SUMS_8 SUMS_4, FOUR(4)
+#define SUMS_12 SUMS_8, FOUR(8)
+#define SUMS_16 SUMS_12, FOUR(12)
+#define SUMS_20 SUMS_16, FOUR(16)
+#define SUMS_24 SUMS_20, FOUR(20)
+#define SUMS_28 SUMS_24, FOUR(24)
+#define SUMS_32 SUMS_28, FOUR(28)
+#define SUMS_36 SUMS_32, FOUR(32)
+#define SUMS_40 SUMS_36, FOUR(36)
+#define SUMS_44 SUMS_40, FOUR(40)
+#define NAMES_4 "%0, %1, %2, %3"
+#define NAMES_8 NAMES_4 ", %4, %5, %6, %7"
+#define NAMES_12 NAMES_8 ", %8, %9, %10, %11"
+#define NAMES_16 NAMES_12 ", %12, %13, %14, %15"
+#define NAMES_20 NAMES_16 ", %16, %17, %18, %19"
+#define NAMES_24 NAMES_20 ", %20, %21, %22, %23"
+#define NAMES_28 NAMES_24 ", %24, %25, %26, %27"
+#define NAMES_32 NAMES_28 ", %28, %29, %30, %31"
+#define NAMES_36 NAMES_32 ", %32, %33, %34, %35"
+#define NAMES_40 NAMES_36 ", %36, %37, %38, %39"
+#define NAMES_44 NAMES_40 ", %40, %41, %42, %43"
+#define OF_TYPE(T, NAME, N, SUMS, A, B)                                                                               \
+  template <> __device__ __forceinline__ void multiply_add_warpgroup<T, SUMS>(float (&sums)[SUMS], uint64 a, uint64 b) { \
     asm volatile("{.reg .pred adds; setp.eq.u32 adds, 0, 0;"                                                           \
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32." NAME "." NAME                                                     \
-        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, adds, 1, 1, 0, 0;}"          \
-        : EIGHT(0), EIGHT(8) : "l"(a), "l"(b));                                                                        \
-  }                                                                                                                    \
-  template <> __device__ __forceinline__ void multiply_add_warpgroup<T>(float (&sums)[32], uint64 a, uint64 b) {       \
-    asm volatile("{.reg .pred adds; setp.eq.u32 adds, 0, 0;"                                                           \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME                                                     \
-        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "    \
-        "%23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, adds, 1, 1, 0, 0;}"                                    \
-        : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24) : "l"(a), "l"(b));                                                  \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" NAMES_##SUMS "}, " A ", " B ", adds, 1, 1, 0, 0;}" \
+        : SUMS_##SUMS : "l"(a), "l"(b));                                                                               \
   }
-MULTIPLY_ADD_WARPGROUP(bfloat16, "bf16")
-MULTIPLY_ADD_WARPGROUP(float16, "f16")
+#define MULTIPLY_ADD_WARPGROUP(N, SUMS, A, B) OF_TYPE(bfloat16, "bf16", N, SUMS, A, B) OF_TYPE(float16, "f16", N, SUMS, A, B)
+MULTIPLY_ADD_WARPGROUP(8, 4, "%4", "%5")
+MULTIPLY_ADD_WARPGROUP(16, 8, "%8", "%9")
+MULTIPLY_ADD_WARPGROUP(24, 12, "%12", "%13")
+MULTIPLY_ADD_WARPGROUP(32, 16, "%16", "%17")
+MULTIPLY_ADD_WARPGROUP(40, 20, "%20", "%21")
+MULTIPLY_ADD_WARPGROUP(48, 24, "%24", "%25")
+MULTIPLY_ADD_WARPGROUP(56, 28, "%28", "%29")
+MULTIPLY_ADD_WARPGROUP(64, 32, "%32", "%33")
+MULTIPLY_ADD_WARPGROUP(72, 36, "%36", "%37")
+MULTIPLY_ADD_WARPGROUP(80, 40, "%40", "%41")
+MULTIPLY_ADD_WARPGROUP(88, 44, "%44", "%45")
 #undef MULTIPLY_ADD_WARPGROUP
-#undef EIGHT
+#undef OF_TYPE
+#undef FOUR
 #endif
