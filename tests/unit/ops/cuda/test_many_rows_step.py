@@ -63,7 +63,7 @@ def test_shapes_that_are_left_to_other_kernels(shape: Shape, clusters: int) -> N
     assert plan(shape, 64, clusters) is None
 
 
-def make_layer(dtype: torch.dtype = torch.bfloat16, width: int = 768, batch: int = 9) -> Layer:
+def make_layer(dtype: torch.dtype = torch.bfloat16, width: int = 1024, batch: int = 9) -> Layer:
     channels, rank, states = 2 * width, width // 16, 16
 
     def half(*shape: int) -> torch.Tensor:
