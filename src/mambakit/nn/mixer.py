@@ -204,9 +204,10 @@ class MambaMixer(nn.Module):
 
     def _decay(self) -> Tensor:
         """A, (D, N)."""
-        # Not exp: that is MKL's on the CPU, which wakes a second thread for these few numbers; on
-        # a busy machine waiting for it takes longer than the rest of a step.
-        A = -torch.exp2(self.A_log / math.log(2))
+        # On the CPU exp is MKL's, which wakes a second thread for these few numbers; on a busy machine
+        # waiting for it takes longer than the rest of a step. Elsewhere each kernel counts.
+        on_cpu = self.A_log.device.type == "cpu"
+        A = -(torch.exp2(self.A_log / math.log(2)) if on_cpu else torch.exp(self.A_log))
         return torch.complex(A, self.A_imag) if self.is_complex else A
 
     def _dt_bias(self) -> Tensor:
