@@ -14,7 +14,7 @@ from torch import Tensor
 from mambakit.ops.cuda.arrays import TYPES, Variants, shared_memory
 from mambakit.ops.cuda.compiler import kernel
 from mambakit.ops.operators import Operator
-from mambakit.ops.wide_products import multiply_add
+from mambakit.ops.wide_products import multiply, multiply_add
 
 LOGITS_BYTES = 2**30
 """Most memory of the logits of one block. The larger, the less often the gradient of weight is read and written."""
@@ -52,11 +52,13 @@ def _run_forward(
     matrix, targets = weight.to(hidden.dtype), targets.contiguous()
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     dhidden = hidden.new_empty((rows, width) if of_hidden else 0)
-    dweight = losses.new_zeros((vocab, width) if of_weight else 0)
+    dweight = losses.new_empty((vocab, width) if of_weight else 0)
     lanes = 16 // hidden.element_size()
     stride = -(-vocab // lanes) * lanes  # Rows begin at multiples of 16 bytes.
     block = rows_of_block(rows, stride * hidden.element_size())
     buffer = hidden.new_empty(block, stride)
+    if rows == 0:
+        dweight.zero_()
 
     for start in range(0, rows, block):
         part = slice(start, start + block)
@@ -66,7 +68,8 @@ def _run_forward(
         if of_hidden:
             torch.mm(logits, matrix, out=dhidden[part])
         if of_weight:
-            multiply_add(logits.t(), hidden[part], dweight)
+            add = multiply_add if start else multiply
+            add(logits.t(), hidden[part], dweight)
     counted = (targets != ignore_index).sum()
     return losses.sum() / counted, dhidden, dweight, counted
 
@@ -101,6 +104,8 @@ def _setup(
     _, weight, _, _, *ctx.asked = inputs
     ctx.weight_dtype = weight.dtype
     ctx.save_for_backward(*output[1:])
+    # Gradients of what is saved would be zeros, as many as there are weights.
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
