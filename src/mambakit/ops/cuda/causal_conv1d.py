@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mambakit.ops.cuda.arrays import TYPES, Variants, lanes, multiprocessors, parameter, readable
 from mambakit.ops.cuda.compiler import kernel
+from mambakit.ops.gradient_room import room_for
 from mambakit.ops.operators import Operator
 
 WARPS = 8
@@ -75,16 +76,20 @@ def _run_backward(
     initial_state: Optional[Tensor],
     seq_idx: Optional[Tensor],
     silu: bool,
+    room: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias (of no elements if there is none) and the initial state (float32)."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """Gradients of x, weight, bias (of no elements if there is none) and the initial state (float32).
+
+    That of x is put into `room`, if there is one.
+    """
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if room is None else room
     dinitial = torch.empty(_state_shape(x, weight), device=x.device)
     if x.numel() == 0:
         dbias = x.new_empty(0) if bias is None else torch.zeros_like(bias)
         dinitial = dinitial.zero_() if dstate is None else dinitial.copy_(dstate)
         return dx, torch.zeros_like(weight), dbias, dinitial
     x, dy = readable(x), readable(dy)
-    along = lanes(_most(BACKWARD_NUMBERS, x, weight), x.shape[2], x, dy)
+    along = lanes(_most(BACKWARD_NUMBERS, x, weight), x.shape[2], x, dy, dx)
     constants, grid, inputs, length = _prepare(
         RUNS, BACKWARD_RESIDENT, along, x, weight, bias, initial_state, seq_idx, silu
     )
@@ -95,8 +100,8 @@ def _run_backward(
     dbiases = torch.empty(parts, x.shape[2], device=x.device)
     launch = kernel("causal_conv1d_backward.cu", "causal_conv1d_backward", x.device, **constants)
     launch(
-        grid, 32 * WARPS, *inputs, dy, *dy.stride()[:2], dstate, *_strides(dstate), dx, dinitial, dweights, dbiases,
-        *x.shape[1:], length,
+        grid, 32 * WARPS, *inputs, dy, *dy.stride()[:2], dstate, *_strides(dstate), dx, *dx.stride()[:2], dinitial,
+        dweights, dbiases, *x.shape[1:], length,
     )  # fmt: skip
     filters = inputs[3]
     dweight = torch.empty(filters.shape, dtype=filters.dtype, device=x.device)
@@ -109,7 +114,7 @@ def _run_backward(
     return dx, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype), dinitial
 
 
-def _fake_backward(dy, dstate, x, weight, bias, initial_state, seq_idx, silu):
+def _fake_backward(dy, dstate, x, weight, bias, initial_state, seq_idx, silu, room):
     dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     dinitial = x.new_empty(_state_shape(x, weight), dtype=torch.float32)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial
@@ -125,7 +130,8 @@ def _gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Any,
     saved = ctx.saved_tensors  # Once: activation checkpointing gives them out only once.
     x, _, bias, initial_state, _ = saved
     dy = torch.zeros_like(x) if dy is None else dy
-    dx, dweight, dbias, dinitial = _backward(dy, dstate, *saved, ctx.silu)
+    room = room_for(ctx, saved, 0)
+    dx, dweight, dbias, dinitial = _backward(dy, dstate, *saved, ctx.silu, room)
     return (
         dx,
         dweight,

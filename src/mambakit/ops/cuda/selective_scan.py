@@ -151,8 +151,12 @@ def _run_backward(
     restart: Optional[Tensor],
     saved: Tensor,
     dt_softplus: bool,
+    room: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial state (of no elements for absent inputs)."""
+    """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial state (of no elements for absent inputs).
+
+    That of z is put into `room`, a half of rows, if the dtype fits.
+    """
     inputs = _Inputs(x, dt, A, B, C, D, z, dt_bias, restart, dt_softplus)
     form, padded = inputs.form, inputs.form.padded
     batch, seqlen, d_inner = x.shape
@@ -168,8 +172,12 @@ def _run_backward(
         )
         return *absent, dstate.clone()  # type: ignore[return-value]
     dout, dstate = readable(dy.to(inputs.io)), dstate.to(inputs.A.dtype).contiguous()
-    dx, ddt = (torch.empty(x.shape, dtype=inputs.io, device=device) for _ in range(2))
-    dz = nothing() if z is None else torch.empty_like(dx)
+    if room is None or room.dtype != inputs.io:
+        dx, ddt = (torch.empty(x.shape, dtype=inputs.io, device=device) for _ in range(2))
+        dz = nothing() if z is None else torch.empty_like(dx)
+    else:  # The rows of z's are twice as long, so those of the others are: the kernel has one place for all.
+        both, dz = room.new_empty(batch, seqlen, 2, d_inner), room
+        dx, ddt = both.unbind(2)
     dinitial = torch.empty_like(dstate)
 
     chunk, chunks = inputs.cut_backward()
@@ -201,7 +209,7 @@ def _run_backward(
         (inputs.blocks, chunks), 32 * form.warps,
         dout, inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.dt_bias, inputs.restart,
         saved, dstate, adjoints, sums, dx, ddt, dz, dA_parts, dB_parts, dC_parts, *parts_of_time, dinitial,
-        seqlen, d_inner, d_state, inputs.groups, chunk, chunks,
+        dx.stride(1), seqlen, d_inner, d_state, inputs.groups, chunk, chunks,
         *_rows(dout), *_rows(inputs.x), *_rows(inputs.dt), *_rows(inputs.z),
         *_weight_rows(inputs.B), *_weight_rows(inputs.C),
         shared=form.backward_bytes(inputs.x.element_size(), inputs.is_few),

@@ -55,8 +55,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) causal_conv1d_backwa
     const PARAMETER* __restrict__ bias, const IO* __restrict__ initial, int64 initial_batch, int64 initial_channel,
     int64 initial_tap, const INDEX* __restrict__ seq_idx, const IO* __restrict__ dy, int64 dy_batch, int64 dy_time,
     const IO* __restrict__ dfinal, int64 dfinal_batch, int64 dfinal_channel, int64 dfinal_tap,
-    IO* __restrict__ dx, float* __restrict__ dinitial, float* __restrict__ dweight, float* __restrict__ dbias,
-    int64 seqlen, int64 channels, int64 run) {
+    IO* __restrict__ dx, int64 dx_batch, int64 dx_time, float* __restrict__ dinitial, float* __restrict__ dweight,
+    float* __restrict__ dbias, int64 seqlen, int64 channels, int64 run) {
   const Place place(seqlen, channels, run);
   Gradients gradients;
 
@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) causal_conv1d_backwa
     window.enter(inputs, place.begin);
     const IO* x_from = inputs.x + place.begin * x_time;
     dy += place.batch * dy_batch + place.begin * dy_time + place.channel;
-    dx += (place.batch * seqlen + place.begin) * channels + place.channel;
+    dx += place.batch * dx_batch + place.begin * dx_time + place.channel;
 
     int step = 0;
     while (step < place.steps + PAST) {
@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) causal_conv1d_backwa
           dy_rows[s] = read<LANES>(dy);
         }
 #pragma unroll
-        for (int s = 0; s < STEPS; ++s, dx += channels) {
+        for (int s = 0; s < STEPS; ++s, dx += dx_time) {
           unpack(now, x_rows[s]);
           unpack(d, dy_rows[s]);
           window.push(now, inputs.starts_document(place.begin + step + s));
@@ -111,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) causal_conv1d_backwa
       }
       if (step >= PAST) {
         write(dx, gradients.waiting[0]);
-        dx += channels;
+        dx += dx_time;
       } else if (place.begin == 0) {
 #pragma unroll
         for (int i = 0; i < LANES; ++i)

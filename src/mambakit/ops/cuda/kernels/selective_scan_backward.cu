@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     const float* dt_bias, const unsigned char* restart, const Number* saved, const Number* dfinal_state,
     const Number* adjoints, const Sum* sums_dt,
     IO* dx, IO* ddt, IO* dz, Number* dA_parts, Number* dB_parts, Number* dC_parts, float* dD_parts, float* dbias_parts,
-    Number* dinitial_state,
+    Number* dinitial_state, int64 out_time,
     int64 seqlen, int64 d_inner, int64 d_state_, int64 groups, int64 chunk, int64 chunks,
     int64 dout_batch, int64 dout_time, int64 x_batch, int64 x_time, int64 dt_batch, int64 dt_time, int64 z_batch,
     int64 z_time,
@@ -222,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #pragma unroll
     for (int j = 0; j < 2 * CHANNELS; j++) own.start[j % 2].of[WarpStates::place(j / 2, at.part, at.slot)] = States{};
   }
-  if (at.part == 0) own.out[at.slot] = at.batch * seqlen * d_inner + at.channel;
+  if (at.part == 0) own.out[at.slot] = at.batch * seqlen * out_time + at.channel;
   if (COPIES_WEIGHTS) copy_weights(t0, 0);
   else get(0, t0), put(0, 0), get(1, t0), put(1, 0);
   copy_steps(t0, 0, read_next()), copy_start(t0, 0);
@@ -417,7 +417,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
           dD_run[j] = fmaf(dy, input, dD_run[j]);
           dbias_run[j] += channels ? ddt_now[j] : 0.0f;
         }
-        const int64 here = own.out[at.slot] + (unsigned)(t0 + i) * (uint64)(unsigned)d_inner;
+        const int64 here = own.out[at.slot] + (unsigned)(t0 + i) * (uint64)(unsigned)out_time;
         write(dx + here, dx_now, channels);
         write(ddt + here, ddt_now, channels);
         if (HAS_Z) write(dz + here, dz_now, channels);
