@@ -222,7 +222,7 @@ def _run_backward(
     def like(gradient: Tensor, parameter: Tensor | None) -> Tensor:
         return nothing() if parameter is None else gradient.to(parameter.dtype)
 
-    dD, dbias = sums_of_time.sum((1, 2))
+    dD, dbias = (parts.sum((0, 1)) for parts in sums_of_time)  # Not views of one tensor
     return (
         like(dx, x),
         like(ddt, dt),
