@@ -14,7 +14,7 @@ from torch import Tensor
 from mambakit.ops.cuda.arrays import TYPES, Variants, shared_memory
 from mambakit.ops.cuda.compiler import kernel
 from mambakit.ops.operators import Operator
-from mambakit.ops.wide_products import multiply_add
+from mambakit.ops.wide_products import multiply, multiply_add
 
 LOGITS_BYTES = 2**30
 """Most memory of the logits of one block. The larger, the less often the gradient of weight is read and written."""
@@ -52,7 +52,8 @@ def _run_forward(
     matrix, targets = weight.to(hidden.dtype), targets.contiguous()
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     dhidden = hidden.new_empty((rows, width) if of_hidden else 0)
-    dweight = losses.new_zeros((vocab, width) if of_weight else 0)
+    make = losses.new_empty if rows else losses.new_zeros
+    dweight = make((vocab, width) if of_weight else 0)
     lanes = 16 // hidden.element_size()
     stride = -(-vocab // lanes) * lanes  # Rows begin at multiples of 16 bytes.
     block = rows_of_block(rows, stride * hidden.element_size())
@@ -61,12 +62,12 @@ def _run_forward(
     for start in range(0, rows, block):
         part = slice(start, start + block)
         logits = buffer[: len(losses[part]), :vocab]
-        torch.mm(hidden[part], matrix.t(), out=logits)
-        _run(logits, targets[part], losses[part], ignore_index, of_hidden or of_weight)
+        multiply(hidden[part], matrix.t(), logits)
+        softmax_(logits, targets[part], losses[part], ignore_index, of_hidden or of_weight)
         if of_hidden:
-            torch.mm(logits, matrix, out=dhidden[part])
+            multiply(logits, matrix, dhidden[part])
         if of_weight:
-            multiply_add(logits.t(), hidden[part], dweight)
+            (multiply_add if start else multiply)(logits.t(), hidden[part], dweight)
     counted = (targets != ignore_index).sum()
     return losses.sum() / counted, dhidden, dweight, counted
 
@@ -100,6 +101,7 @@ def _setup(
 ) -> None:
     _, weight, _, _, *ctx.asked = inputs
     ctx.weight_dtype = weight.dtype
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
 
 
@@ -140,10 +142,18 @@ def _constants(dtype: torch.dtype, gradients: bool) -> dict[str, int | str]:
     return {"IO": TYPES[dtype], "THREADS": THREADS, "GRADIENTS": int(gradients)}
 
 
-def _run(
+def softmax_(
     logits: Tensor, targets: Tensor, losses: Tensor, ignore_index: int, gradients: bool
 ) -> None:
-    """Put the losses of rows of logits into `losses` and, if asked for, their gradients into `logits`."""
+    """Put the losses of rows of logits into `losses` and, if asked for, their gradients into `logits`.
+
+    Args:
+        logits: (rows, V), each row at an address of 16 bytes.
+        targets: (rows,), int64, contiguous.
+        losses: (rows,), float32.
+        ignore_index: Rows with this target have a loss and a gradient of 0.
+        gradients: Whether to overwrite `logits`.
+    """
     run = kernel(
         "cross_entropy.cu", "cross_entropy", logits.device, **_constants(logits.dtype, gradients)
     )
