@@ -1,4 +1,4 @@
-"""What llama.cpp does with the same weights, for generation.py; through llama-cpp-python, where it is installed."""
+"""What llama.cpp does with the same weights, for cpu_generation.py; through llama-cpp-python, where it is installed."""
 
 from __future__ import annotations
 

@@ -12,17 +12,24 @@ from mambakit.ops.cuda.compiler import kernel
 from mambakit.ops.gradient_room import room_for
 from mambakit.ops.operators import Operator
 
-WARPS = 8
-"""Of a block; see kernels/causal_conv1d.cuh."""
+WARPS, STEPS, ADDERS = 4, 8, 8
+"""Warps of a block; rows that are on their way to a thread; warps that share the runs of a sum of parameters."""
 
-NUMBERS, BACKWARD_NUMBERS = 16, 8
+RESIDENT, BACKWARD_RESIDENT = 6, 3
+"""Blocks that a multiprocessor holds at a time: so many registers are left to a thread."""
+
+NUMBERS = 16
 """Taps of all channels that a thread has. Twice as many make wider accesses, and were slower: fewer warps."""
 
-RUNS = (256, 128, 64, 32, 16)
-"""Time steps that a thread walks: the fewer, the more of them it reads twice. The forward takes at most 128."""
+WARPS_OF_ALL = 96
+"""Warps for each multiprocessor, in turns, that the forward cuts a batch into."""
 
-RESIDENT, BACKWARD_RESIDENT = 2, 3
-"""Blocks that a multiprocessor holds at a time. Half as many in all are enough to take the longest runs."""
+BACKWARD_WARPS, ENOUGH, FEW_WARPS = 48, 96, 8
+"""The same of the backward, if each walks enough steps; if not, few warps, all at a time. Each leaves sums behind, and
+reads rows before and after its own."""
+
+SHORTEST, LONGEST = 16, 256
+"""Time steps that a thread walks. Sums over more would be less exact."""
 
 
 def causal_conv1d(
@@ -54,12 +61,11 @@ def _run_forward(
     if y.numel() == 0:
         return y, state.zero_() if initial_state is None else state.copy_(initial_state)
     x = readable(x)
-    along = lanes(_most(NUMBERS, x, weight), x.shape[2], x)
-    constants, grid, inputs, length = _prepare(
-        RUNS[1:], RESIDENT, along, x, weight, bias, initial_state, seq_idx, silu
-    )
+    along = lanes(_most(x, weight), x.shape[2], x)
+    constants, inputs = _prepare(RESIDENT, along, x, weight, bias, initial_state, seq_idx, silu)
+    run = _run(x, along, WARPS_OF_ALL)
     launch = kernel("causal_conv1d_forward.cu", "causal_conv1d_forward", x.device, **constants)
-    launch(grid, 32 * WARPS, *inputs, y, state, *x.shape[1:], length)
+    launch(_blocks(x, along, run), 32 * WARPS, *inputs, y, state, *x.shape, run)
     return y, state
 
 
@@ -89,27 +95,26 @@ def _run_backward(
         dinitial = dinitial.zero_() if dstate is None else dinitial.copy_(dstate)
         return dx, torch.zeros_like(weight), dbias, dinitial
     x, dy = readable(x), readable(dy)
-    along = lanes(_most(BACKWARD_NUMBERS, x, weight), x.shape[2], x, dy, dx)
-    constants, grid, inputs, length = _prepare(
-        RUNS, BACKWARD_RESIDENT, along, x, weight, bias, initial_state, seq_idx, silu
+    along = lanes(_most(x, weight), x.shape[2], x, dy, dx)
+    constants, inputs = _prepare(
+        BACKWARD_RESIDENT, along, x, weight, bias, initial_state, seq_idx, silu
     )
-    _, columns, groups = _cut(x, along, length)
-    parts = grid // columns
-    assert parts == x.shape[0] * groups
-    dweights = torch.empty(parts, *weight.shape, device=x.device)
-    dbiases = torch.empty(parts, x.shape[2], device=x.device)
+    run = _backward_run(x, along)
+    batch, seqlen, channels = x.shape
+    width = weight.shape[1]
+    parts = torch.empty(batch * -(-seqlen // run), width + 1, channels, device=x.device)
     launch = kernel("causal_conv1d_backward.cu", "causal_conv1d_backward", x.device, **constants)
     launch(
-        grid, 32 * WARPS, *inputs, dy, *dy.stride()[:2], dstate, *_strides(dstate), dx, *dx.stride()[:2], dinitial,
-        dweights, dbiases, *x.shape[1:], length,
+        _blocks(x, along, run), 32 * WARPS, *inputs, dy, *dy.stride()[:2], dstate, *_strides(dstate),
+        dx, *dx.stride()[:2], dinitial, parts, *x.shape, run,
     )  # fmt: skip
     filters = inputs[3]
     dweight = torch.empty(filters.shape, dtype=filters.dtype, device=x.device)
     dbias = x.new_empty(0) if bias is None else dweight.new_empty(bias.shape)
     add = kernel("causal_conv1d_backward.cu", "causal_conv1d_add_parts", x.device, **constants)
     add(
-        -(-(dweight.numel() + dbias.numel()) // 256), 256,
-        dweights, dbiases, dweight, None if bias is None else dbias, parts, x.shape[2],
+        -(-(width + 1) * channels // 32), 32 * ADDERS,
+        parts, dweight, None if bias is None else dbias, len(parts), channels, overlaps=True,
     )  # fmt: skip
     return dx, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype), dinitial
 
@@ -157,20 +162,34 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if tensor is None else tensor.stride()
 
 
-def _most(numbers: int, x: Tensor, weight: Tensor) -> int:
+def _most(x: Tensor, weight: Tensor) -> int:
     """Channels of a thread: a power of two, so that their taps fit and an access has at most 16 bytes."""
-    fitting = max(1, numbers // weight.shape[1])
+    fitting = max(1, NUMBERS // weight.shape[1])
     return min(16 // x.element_size(), 1 << (fitting.bit_length() - 1))
 
 
-def _cut(x: Tensor, along: int, length: int) -> tuple[int, int, int]:
-    """The grid, and its columns of channels and groups of runs."""
-    columns, groups = -(-x.shape[2] // (32 * along)), -(-x.shape[1] // (WARPS * length))
-    return columns * groups * x.shape[0], columns, groups
+def _columns(x: Tensor, along: int) -> int:
+    """Warps that have all channels of a time step."""
+    return -(-x.shape[2] // (32 * along))
+
+
+def _run(x: Tensor, along: int, warps: int) -> int:
+    """Time steps of a thread, so that there are about so many warps for each multiprocessor."""
+    runs = warps * multiprocessors(x.device) // (_columns(x, along) * x.shape[0])
+    run = -(-x.shape[1] // max(1, runs * STEPS)) * STEPS
+    return min(max(run, SHORTEST), LONGEST)
+
+
+def _backward_run(x: Tensor, along: int) -> int:
+    run = _run(x, along, BACKWARD_WARPS)
+    return run if run >= ENOUGH else _run(x, along, FEW_WARPS)
+
+
+def _blocks(x: Tensor, along: int, run: int) -> int:
+    return -(-_columns(x, along) * x.shape[0] * -(-x.shape[1] // run) // WARPS)
 
 
 def _prepare(
-    runs: tuple[int, ...],
     resident: int,
     along: int,
     x: Tensor,
@@ -179,24 +198,23 @@ def _prepare(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     silu: bool,
-) -> tuple[dict[str, int | str], int, tuple[Any, ...], int]:
-    """Constants and grid of a kernel, the arguments that both passes begin with, and the length of a run."""
+) -> tuple[dict[str, int | str], tuple[Any, ...]]:
+    """Constants of a kernel, and the arguments that both passes begin with."""
     if bias is not None and bias.dtype != weight.dtype:
         weight, bias = weight.float(), bias.float()
     filters, bias = parameter(weight), parameter(bias)
     assert filters is not None
     index = None if seq_idx is None else seq_idx.dtype
-    constants = _constants(x.dtype, filters.dtype, weight.shape[1], along, silu, index)
-    enough = resident * multiprocessors(x.device) / 2
-    length = next((run for run in runs if _cut(x, along, run)[0] >= enough), 8)
+    constants = _constants(resident, x.dtype, filters.dtype, weight.shape[1], along, silu, index)
     inputs = (
         x, *x.stride()[:2], filters, bias, initial_state, *_strides(initial_state),
         None if seq_idx is None else seq_idx.contiguous(),
     )  # fmt: skip
-    return constants, _cut(x, along, length)[0], inputs, length
+    return constants, inputs
 
 
 def _constants(
+    resident: int,
     io: torch.dtype,
     parameters: torch.dtype,
     width: int,
@@ -212,6 +230,10 @@ def _constants(
         "SILU": int(silu),
         "PACKED": int(index is not None),
         "INDEX": "int64" if index == torch.int64 else "int",
+        "WARPS": WARPS,
+        "STEPS": STEPS,
+        "ADDERS": ADDERS,
+        "RESIDENT": resident,
     }
 
 
@@ -255,16 +277,15 @@ def causal_conv1d_step(
 def variants() -> Variants:
     """The kernels of the usual widths and dtypes; every branch of the sources is in one of them."""
     found: Variants = []
-    for name in ("forward", "backward"):
+    for name, resident in (("forward", RESIDENT), ("backward", BACKWARD_RESIDENT)):
         for dtype, width, index in (
             (torch.bfloat16, 4, None),
             (torch.float16, 4, torch.int64),
             (torch.float32, 4, None),
             (torch.bfloat16, 7, None),
         ):
-            numbers = NUMBERS if name == "forward" else BACKWARD_NUMBERS
-            most = _most(numbers, torch.empty(0, dtype=dtype), torch.empty(0, width))
-            constants = _constants(dtype, torch.float32, width, most, True, index)
+            most = _most(torch.empty(0, dtype=dtype), torch.empty(0, width))
+            constants = _constants(resident, dtype, torch.float32, width, most, True, index)
             found.append((f"causal_conv1d_{name}.cu", f"causal_conv1d_{name}", constants))
     step: dict[str, int | str] = {"IO": "bfloat16", "PARAMETER": "float", "WIDTH": 4, "SILU": 1}
     return [*found, ("causal_conv1d_step.cu", "causal_conv1d_step", step)]

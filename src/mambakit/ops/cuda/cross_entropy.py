@@ -52,24 +52,22 @@ def _run_forward(
     matrix, targets = weight.to(hidden.dtype), targets.contiguous()
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     dhidden = hidden.new_empty((rows, width) if of_hidden else 0)
-    dweight = losses.new_empty((vocab, width) if of_weight else 0)
+    make = losses.new_empty if rows else losses.new_zeros
+    dweight = make((vocab, width) if of_weight else 0)
     lanes = 16 // hidden.element_size()
     stride = -(-vocab // lanes) * lanes  # Rows begin at multiples of 16 bytes.
     block = rows_of_block(rows, stride * hidden.element_size())
     buffer = hidden.new_empty(block, stride)
-    if rows == 0:
-        dweight.zero_()
 
     for start in range(0, rows, block):
         part = slice(start, start + block)
         logits = buffer[: len(losses[part]), :vocab]
-        torch.mm(hidden[part], matrix.t(), out=logits)
-        _run(logits, targets[part], losses[part], ignore_index, of_hidden or of_weight)
+        multiply(hidden[part], matrix.t(), logits)
+        softmax_(logits, targets[part], losses[part], ignore_index, of_hidden or of_weight)
         if of_hidden:
-            torch.mm(logits, matrix, out=dhidden[part])
+            multiply(logits, matrix, dhidden[part])
         if of_weight:
-            add = multiply_add if start else multiply
-            add(logits.t(), hidden[part], dweight)
+            (multiply_add if start else multiply)(logits.t(), hidden[part], dweight)
     counted = (targets != ignore_index).sum()
     return losses.sum() / counted, dhidden, dweight, counted
 
@@ -103,9 +101,8 @@ def _setup(
 ) -> None:
     _, weight, _, _, *ctx.asked = inputs
     ctx.weight_dtype = weight.dtype
-    ctx.save_for_backward(*output[1:])
-    # Gradients of what is saved would be zeros, as many as there are weights.
     ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
 
 
 def _gradients(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
@@ -145,10 +142,18 @@ def _constants(dtype: torch.dtype, gradients: bool) -> dict[str, int | str]:
     return {"IO": TYPES[dtype], "THREADS": THREADS, "GRADIENTS": int(gradients)}
 
 
-def _run(
+def softmax_(
     logits: Tensor, targets: Tensor, losses: Tensor, ignore_index: int, gradients: bool
 ) -> None:
-    """Put the losses of rows of logits into `losses` and, if asked for, their gradients into `logits`."""
+    """Put the losses of rows of logits into `losses` and, if asked for, their gradients into `logits`.
+
+    Args:
+        logits: (rows, V), each row at an address of 16 bytes.
+        targets: (rows,), int64, contiguous.
+        losses: (rows,), float32.
+        ignore_index: Rows with this target have a loss and a gradient of 0.
+        gradients: Whether to overwrite `logits`.
+    """
     run = kernel(
         "cross_entropy.cu", "cross_entropy", logits.device, **_constants(logits.dtype, gradients)
     )

@@ -1,15 +1,18 @@
 // What forward and backward of the causal convolution share: who computes what, and the filter's view of the past.
 //
 // A thread has LANES neighbouring channels and walks a run of time steps, with the last W inputs in registers. The 32
-// lanes of a warp have neighbouring channels, the warps of a block neighbouring runs.
+// lanes of a warp have neighbouring channels, and so have neighbouring warps, as far as there are channels: what is read at
+// the same time lies side by side.
 //
 // IO: type of x and y. PARAMETER: type of weight and bias. WIDTH: taps (W). LANES: channels of a thread, a divisor of
 // all channels and strides. SILU: whether it follows. PACKED: whether rows hold documents. INDEX: their numbers' type.
+// WARPS: of a block. STEPS: rows that are on their way to a thread at a time. RESIDENT: blocks of a multiprocessor.
 #pragma once
+#include "async_copies.cuh"
 #include "vectors.cuh"
 
 constexpr int PAST = WIDTH - 1;  // inputs before the present that a filter meets
-constexpr int WARPS = 8;
+constexpr int THREADS = 32 * WARPS;
 constexpr int UNROLLED = WIDTH <= 16 ? WIDTH : 1;  // a wider window lives in local memory: slow, but right
 
 // The silu of half-precision numbers has room for approximate exponentials, that of floats has not.
@@ -18,18 +21,37 @@ __device__ __forceinline__ float sigmoid_of(float x) { return sizeof(IO) == 2 ? 
 struct Place {
   int64 channel, batch, begin;  // first channel of this thread, first time step of its run
   int steps;                    // in its run
-  bool inside;
+  int64 part;                   // number of the run among those of all batch rows
+  bool inside;                  // whether there is such a run at all
 
-  __device__ Place(int64 seqlen, int64 channels, int64 run) {
-    const unsigned columns = (channels / LANES + 31) / 32;
-    const unsigned groups = (seqlen + WARPS * run - 1) / (WARPS * run);
-    const unsigned column = blockIdx.x % columns, rest = blockIdx.x / columns;
-    channel = (int64)(column * 32 + threadIdx.x % 32) * LANES;
-    begin = ((int64)(rest % groups) * WARPS + threadIdx.x / 32) * run;
-    batch = rest / groups;
+  __device__ Place(int64 batches, int64 seqlen, int64 channels, int64 run) {
+    const unsigned columns = (channels / LANES + 31) / 32, runs = (seqlen + run - 1) / run;
+    const unsigned warp = blockIdx.x * WARPS + threadIdx.x / 32;
+    channel = (int64)(warp % columns * 32 + threadIdx.x % 32) * LANES;
+    part = warp / columns;
+    begin = part % runs * run;
+    batch = part / runs;
     steps = min(run, seqlen - begin);
-    inside = channel < channels && steps > 0;
+    inside = channel < channels && batch < batches;
   }
+};
+
+// Rows of a run on their way to a thread, through slots of its own in shared memory. (The compiler moves loads to registers
+// together, and has the thread wait for them there.) A thread first asks for STEPS rows, then in turn takes one and asks.
+struct Rows {
+  using Slot = Vector<IO, LANES>;
+  Slot* mine;      // this thread's part of slot 0
+  const IO* from;  // the row to be asked for next
+  int64 stride;
+
+  __device__ Rows(Slot (&slots)[STEPS][THREADS], const IO* from, int64 stride)
+      : mine(slots[0] + threadIdx.x), from(from), stride(stride) {}
+
+  __device__ __forceinline__ void ask(int slot) {
+    copy_own<sizeof(Slot)>(mine + slot * THREADS, from);
+    from += stride;
+  }
+  __device__ __forceinline__ void take(float (&row)[LANES], int slot) const { unpack_words(row, mine[slot * THREADS]); }
 };
 
 struct Filter {
@@ -55,8 +77,8 @@ struct Inputs {
 
   __device__ bool starts_document(int64 t) const { return PACKED && t > 0 && seq_idx[t] != seq_idx[t - 1]; }
 
-  __device__ void at(float (&row)[LANES], int64 t) const {
-    if (t >= 0) return unpack(row, read<LANES>(x + t * time_stride));
+  // Those of a time t < 0.
+  __device__ void before(float (&row)[LANES], int64 t) const {
 #pragma unroll
     for (int i = 0; i < LANES; ++i)
       row[i] = initial ? to_float(initial[i * channel_stride + (t + PAST) * tap_stride]) : 0.0f;
@@ -80,10 +102,15 @@ struct Window {
 
   // Fill it with what lies before time t.
   __device__ void enter(const Inputs& inputs, int64 t) {
+    Vector<IO, LANES> past[WIDTH];
+#pragma unroll UNROLLED
+    for (int w = 0; w < PAST; ++w)
+      if (t - PAST + w >= 0) past[w] = read<LANES>(inputs.x + (t - PAST + w) * inputs.time_stride);
 #pragma unroll UNROLLED
     for (int w = 0; w < PAST; ++w) {
       float row[LANES];
-      inputs.at(row, t - PAST + w);
+      if (t - PAST + w >= 0) unpack(row, past[w]);
+      else inputs.before(row, t - PAST + w);
       push(row, inputs.starts_document(t - PAST + w));
     }
   }

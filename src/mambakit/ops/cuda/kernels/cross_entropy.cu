@@ -2,10 +2,11 @@
 //
 //     loss = log sum_v exp(logits_v) - logits_target,   logits <- softmax(logits) - one-hot(target)
 //
-// The row is read from memory once: the pass that finds its maximum and sum, together, keeps what fits of it in shared
-// memory for the pass that writes the gradient. What does not fit is read again.
+// The row is read from memory once: what fits of it is copied to shared memory, all at once, both for the pass that finds its
+// maximum and sum, together, and for the pass that writes the gradient. What does not fit is read by each of them.
 //
 // Constants: IO, float, bfloat16 or float16; THREADS; GRADIENTS, whether logits are overwritten.
+#include "async_copies.cuh"
 #include "vectors.cuh"
 
 constexpr int LANES = 16 / sizeof(IO);
@@ -81,7 +82,7 @@ __device__ __forceinline__ void widen(float (&x)[LANES], const Piece& packed, in
 }
 
 // logits: (rows, stride), stride a multiple of LANES; targets, losses: (rows,). kept: pieces of a row that the
-// dynamic shared memory holds.
+// dynamic shared memory holds; a thread takes those that it copied.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) cross_entropy(
     IO* logits, const int64* targets, float* losses, int64 vocab, int64 stride, int64 ignore_index, int64 kept) {
   extern __shared__ Piece row_kept[];
@@ -102,9 +103,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) cross_entropy(
     return;
   }
 
+  for (int64 v = threadIdx.x; v < kept; v += THREADS) copy_own<16>(row_kept + v, logits + v * LANES);
+  commit_copies();
   const float of_target = to_float(logits[target]);
   Softmax mine;
-  for (int64 first = threadIdx.x; first < count; first += BATCH * THREADS) {
+  for (int64 first = kept + threadIdx.x; first < count; first += BATCH * THREADS) {
     Piece batch[BATCH];
 #pragma unroll
     for (int j = 0; j < BATCH; j++) {
@@ -115,11 +118,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) cross_entropy(
     for (int j = 0; j < BATCH; j++) {
       const int64 v = first + j * THREADS;
       if (v >= count) break;
-      if (GRADIENTS && v < kept) row_kept[v] = batch[j];
       float x[LANES];
       widen(x, batch[j], v * LANES, vocab);
       mine.add(x);
     }
+  }
+  await_copies<0>();
+  for (int64 v = threadIdx.x; v < kept; v += THREADS) {
+    float x[LANES];
+    widen(x, row_kept[v], v * LANES, vocab);
+    mine.add(x);
   }
   const Softmax all = of_block(mine);
   const float target_exponent = exponent(of_target, all.shift);

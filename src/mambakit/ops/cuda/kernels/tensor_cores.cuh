@@ -1,20 +1,7 @@
-// Tensor cores, and copies from memory to shared memory that need no registers on their way.
+// Tensor cores, and how their operands get into registers.
 #pragma once
+#include "async_copies.cuh"
 #include "numbers.cuh"
-
-// 16 bytes, or as many zeros.
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool exists) {
-  const unsigned at = (unsigned)__cvta_generic_to_shared(to);
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(exists ? 16 : 0) : "memory");
-}
-
-// What this thread has begun to copy since the last call becomes one group.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// All groups of this thread have arrived but for the last `PENDING`.
-template <int PENDING> __device__ __forceinline__ void await_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
 
 // Four matrices of 8 rows of 16 bytes. Lane 8 i + r says where row r of matrix i is, and gets word l % 4 of row l / 4 of each.
 __device__ __forceinline__ uint4 read_matrices(const char* row) {

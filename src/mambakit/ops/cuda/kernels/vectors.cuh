@@ -13,6 +13,20 @@ template <class T, int COUNT> __device__ __forceinline__ void unpack(float (&x)[
   for (int i = 0; i < COUNT; ++i) x[i] = to_float(packed.items[i]);
 }
 
+// The same from whole words, in an instruction less for two halves.
+template <class T, int COUNT> __device__ __forceinline__ void unpack_words(float (&x)[COUNT], const Vector<T, COUNT>& packed) {
+  if constexpr (sizeof(T) == 4 || COUNT == 1) {
+    unpack(x, packed);
+  } else {
+    const auto& words = reinterpret_cast<const Vector<unsigned, COUNT / 2>&>(packed);
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; ++i) {
+      x[2 * i] = low_float<T>(words.items[i]);
+      x[2 * i + 1] = high_float<T>(words.items[i]);
+    }
+  }
+}
+
 // Two numbers in one instruction: the first in the low half.
 template <class T> __device__ __forceinline__ unsigned pack(float first, float second);
 template <> __device__ __forceinline__ unsigned pack<bfloat16>(float first, float second) {
