@@ -10,8 +10,9 @@
 A step is forward, backward and fused AdamW, in bfloat16 autocast with float32 weights and a vocabulary of 50,280, on
 one batch again and again: that the loss falls is checked, since a speed counts only if the model learns. A step is one
 CUDA graph, as in `mambakit train` (--no-graph: eager code). Medians of steps, timed by events. Memory is the most that
-tensors took. MFU counts forward and backward once, as `flops_per_token` does, against the GPU's rated speed in
-bfloat16. A case that does not fit is reported as such.
+tensors took. *x and dt kept*: the mixers keep these for the backward pass (`recomputation = false`) instead of making
+them again. MFU counts forward and backward once, as `flops_per_token` does, against the GPU's rated speed in bfloat16. A case that
+does not fit is reported as such.
 """
 
 from __future__ import annotations
@@ -57,10 +58,13 @@ class Case:
     model: str
     batch: int
     seqlen: int
+    recomputes: bool = True
+    """Whether Mamba makes x and dt again in the backward pass, or keeps them because there is room."""
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.batch}x{self.seqlen}"
+        kept = "" if self.recomputes else ", x and dt kept"
+        return f"{self.model} {self.batch}x{self.seqlen}{kept}"
 
 
 CASES = [
@@ -71,6 +75,7 @@ CASES = [
     Case("mamba-130m", 1, 65536),
     Case("transformer-125m", 1, 65536),
     Case("mamba-1.4b", 4, 2048),
+    Case("mamba-1.4b", 4, 2048, recomputes=False),
     Case("transformer-1.3b", 4, 2048),
 ]
 SMALL = ("mamba-130m", "transformer-125m")
@@ -87,6 +92,8 @@ def train(case: Case, repeats: int, is_compiled: bool, graph: bool) -> dict[str,
     torch.cuda.reset_peak_memory_stats()
     with torch.device("cuda"):
         model = MODELS[case.model]()
+        if isinstance(model, MambaLanguageModel):
+            model.recomputation = case.recomputes
         data = torch.randint(model.config.vocab_size, (case.batch, case.seqlen + 1))
     tokens, targets = data[:, :-1].contiguous(), data[:, 1:].contiguous()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=graph)

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from mambakit.nn import MambaMixer
 from mambakit.nn import mixer as mixer_module
 from mambakit.nn.joined_gradients import linear_beside, linear_in_halves
 from mambakit.nn.linear import Linear
-from mambakit.ops import linear_cross_entropy
+from mambakit.ops import linear_cross_entropy, scan_gradients
+from mambakit.ops.cuda import causal_conv1d
+from mambakit.ops.gradient_room import GradientRoom
 from mambakit.ops.wide_products import WIDENS
 from mambakit.train import TrainConfig, Trainer
 from mambakit.train.step_graph import EAGER_STEPS, StepGraph
@@ -143,6 +145,39 @@ def test_the_mixer_keeps_neither_x_nor_dt(
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b)
     assert kept_by_autograd - kept == 2 * 2 * 128 * 4 * 512
+
+
+@pytest.mark.parametrize("is_half", [False, True])
+@pytest.mark.parametrize("d_model", [64, 33])
+def test_gradients_of_x_and_z_are_one_matrix(
+    monkeypatch: pytest.MonkeyPatch, d_model: int, is_half: bool
+) -> None:
+    """The same bits every time; and apart, the same but for what is rounded between two products."""
+    parts, joined = list[int](), GradientRoom.joined
+
+    def noted(room: GradientRoom, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        found = joined(room, gradients)
+        parts.append(len(found))
+        return found
+
+    monkeypatch.setattr(GradientRoom, "joined", noted)
+    mixer = MambaMixer(d_model, bias=True).cuda()
+    hidden = torch.randn(3, 70, d_model, device="cuda", requires_grad=True)
+
+    def gradients() -> tuple[Tensor, ...]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=is_half):
+            y, state = mixer(hidden)
+        loss = y.float().square().sum() + state.ssm_state.square().sum()
+        return torch.autograd.grad(loss, [hidden, *mixer.parameters()])
+
+    found, again = gradients(), gradients()
+    for module in (scan_gradients, causal_conv1d):
+        monkeypatch.setattr(module, "room_for", lambda *_: None)
+    apart = gradients()
+    assert parts == [1, 1, 2]
+    for ours, same, truth in zip(found, again, apart, strict=True):
+        assert torch.equal(ours, same)
+        assert (ours - truth).norm() <= (1e-2 if is_half else 1e-5) * truth.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

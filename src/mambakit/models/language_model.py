@@ -286,6 +286,19 @@ class MambaLanguageModel(nn.Module):
     def activation_checkpointing(self, value: bool) -> None:
         self.backbone.activation_checkpointing = value
 
+    @property
+    def recomputation(self) -> bool:
+        """Whether the backward pass on a GPU makes x and dt of each mixer again instead of keeping them.
+
+        As it is at first. Without, a step is 2 % faster and what is kept between the passes a third more. Settable.
+        """
+        return all(block.mixer.recomputes for block in self.backbone.blocks())
+
+    @recomputation.setter
+    def recomputation(self, value: bool) -> None:
+        for block in self.backbone.blocks():
+            block.mixer.recomputes = value
+
     def num_parameters(self) -> int:
         """Number of parameters, quantised ones too; a tied head counts once."""
         quantised = (m for m in self.modules() if isinstance(m, QuantisedLinear))

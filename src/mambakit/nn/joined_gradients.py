@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from mambakit.nn.recomputation import is_eager_autograd
+from mambakit.ops.gradient_room import GradientRoom
 from mambakit.ops.wide_products import multiply
 
 JOINS_ON = ("cuda",)
@@ -95,7 +96,7 @@ class _Halves(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         factor = _factor(weight, x)
         ctx.save_for_backward(x, factor)
-        ctx.dtype = weight.dtype
+        ctx.dtype, ctx.room = weight.dtype, GradientRoom()
         y = linear(x, factor, None if bias is None else _factor(bias, x))
         first, second = y.chunk(2, dim=-1)
         return first, second
@@ -104,15 +105,18 @@ class _Halves(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, factor = ctx.saved_tensors
-        parts = [_rows(gradient) for gradient in gradients]
+        parts = [_rows(gradient) for gradient in ctx.room.joined(gradients)]
         dx = dweight = dbias = None
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                first, second = factor.chunk(2)
-                dx = parts[0].mm(first).addmm_(parts[1], second).view(x.shape)
+                factors = factor.chunk(len(parts))
+                dx = parts[0].mm(factors[0])
+                for part, rows in zip(parts[1:], factors[1:], strict=True):
+                    dx.addmm_(part, rows)
+                dx = dx.view(x.shape)
             if ctx.needs_input_grad[1]:
                 dweight = torch.empty_like(factor, dtype=ctx.dtype)
-                for part, out in zip(parts, dweight.chunk(2), strict=True):
+                for part, out in zip(parts, dweight.chunk(len(parts)), strict=True):
                     multiply(part.t(), _rows(x), out)
             if ctx.needs_input_grad[2]:
                 dbias = torch.cat([part.sum(0, dtype=ctx.dtype) for part in parts])
@@ -136,7 +140,9 @@ class _Beside(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 dweight = multiply(dy.t(), _rows(x), torch.empty_like(factor, dtype=ctx.dtype))
             # Into dx, which nobody else reads: the backward pass of the scan has just made it.
-            return _rows(dx.contiguous()).addmm_(dy, factor).view(x.shape), dweight
+            has_rows = dx.stride(-1) == 1 and dx.stride(-2) >= dx.shape[-1]
+            total = _rows(dx if has_rows else dx.contiguous())
+            return total.addmm_(dy, factor).view(x.shape), dweight
 
 
 def _rows(tensor: Tensor) -> Tensor:

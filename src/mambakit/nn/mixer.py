@@ -52,6 +52,9 @@ class MambaMixer(nn.Module):
         selective: Which of "dt", "B" and "C" depend on the input.
         A_init: "s4d-real", "constant", "random" or "s4d-lin"; see `a_log_init`.
         norm_epsilon: Added to the mean squares of dt, B and C. Default: they are not normalised.
+
+    Attributes:
+        recomputes: Whether the backward pass makes x and dt again instead of keeping them, on a GPU. Settable.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class MambaMixer(nn.Module):
         self.d_inner = expand * d_model
         self.is_complex = A_init == "s4d-lin"
         self.norm_epsilon = norm_epsilon
+        self.recomputes = True
         rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
         numbers = 2 * d_state if self.is_complex else d_state
         sizes = {"dt": rank, "B": numbers, "C": numbers}
@@ -122,7 +126,8 @@ class MambaMixer(nn.Module):
             x, z = self.in_proj(hidden).chunk(2, dim=-1)
         old_conv_state, ssm_state = (state.conv_state, state.ssm_state) if state else (None, None)
         # The backward pass needs x and dt, each as large as z, but they are cheap to make again.
-        with Recomputation(wanted=hidden.device.type in RECOMPUTES_ON) as again:
+        wanted = self.recomputes and hidden.device.type in RECOMPUTES_ON
+        with Recomputation(wanted=wanted) as again:
             inputs = (x, old_conv_state, seq_idx)
             x, conv_state = self.conv1d(*inputs)
             if is_plain(self.conv1d, CausalConv1d):
@@ -204,9 +209,10 @@ class MambaMixer(nn.Module):
 
     def _decay(self) -> Tensor:
         """A, (D, N)."""
-        # Not exp: that is MKL's on the CPU, which wakes a second thread for these few numbers; on
-        # a busy machine waiting for it takes longer than the rest of a step.
-        A = -torch.exp2(self.A_log / math.log(2))
+        # On the CPU exp is MKL's, which wakes a second thread for these few numbers; on a busy machine
+        # waiting for it takes longer than the rest of a step. Elsewhere each kernel counts.
+        on_cpu = self.A_log.device.type == "cpu"
+        A = -(torch.exp2(self.A_log / math.log(2)) if on_cpu else torch.exp(self.A_log))
         return torch.complex(A, self.A_imag) if self.is_complex else A
 
     def _dt_bias(self) -> Tensor:

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.ops.gradient_room import room_for
 from mambakit.ops.operators import Operator
+
+Z = 6
+"""Place of z among the arguments of the operators."""
 
 
 def operators(
@@ -24,8 +28,8 @@ def operators(
         forward: Takes x, dt, A, B, C, D, z, dt_bias, initial_state, restart, dt_softplus and save; returns y, the
             final state and what the backward needs (of no steps unless `save`).
         backward: Takes the gradients of y and of the final state, x to dt_bias, restart, what was saved, and
-            dt_softplus; returns the gradients of x to dt_bias and of the initial state, of no elements for what is
-            absent.
+            dt_softplus, on a GPU also memory for the gradient of z, or None; returns the gradients of x to dt_bias and
+            of the initial state, of no elements for what is absent.
         saved_like: An empty tensor like the third output of `forward`, from x, A and save.
     """
 
@@ -42,7 +46,8 @@ def operators(
         dstate = (
             x.new_zeros(x.shape[0], *A.shape, dtype=_state_dtype(A)) if dstate is None else dstate
         )
-        *found, dinitial = run_backward(dy, dstate, *saved, ctx.dt_softplus)
+        room = (room_for(ctx, saved, Z),) if device == "cuda" else ()
+        *found, dinitial = run_backward(dy, dstate, *saved, ctx.dt_softplus, *room)
         present = [None if t is None else g for t, g in zip(saved[:8], found, strict=True)]
         return (*present, dinitial if ctx.has_initial_state else None, None, None, None)
 
@@ -50,7 +55,7 @@ def operators(
         state = x.new_empty(x.shape[0], *A.shape, dtype=_state_dtype(A))
         return x.new_empty(x.shape), state, saved_like(x, A, save)
 
-    def fake_backward(dy, dstate, x, dt, A, B, C, D, z, dt_bias, restart, saved, dt_softplus):  # type: ignore[no-untyped-def]
+    def fake_backward(dy, dstate, x, dt, A, B, C, D, z, dt_bias, *_):  # type: ignore[no-untyped-def]
         nothing = x.new_empty(0, dtype=torch.float32)
         tensors = (x, dt, A, B, C, D, z, dt_bias, dstate)
         return tuple(

@@ -49,7 +49,7 @@ _NUMBER_RANGES = {
     "lora_alpha": (1e-6, 1e6),
     "lora_dropout": (0.0, 0.99),
 }
-_SWITCHES = ("documents", "activation_checkpointing", "cuda_graph", "lora")
+_SWITCHES = ("documents", "recomputation", "activation_checkpointing", "cuda_graph", "lora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,9 @@ class TrainConfig:
     """auto (the GPU if there is one), cpu, cuda or cuda:N."""
     precision: Precision = "float32"
     """bfloat16 runs the matmuls in bfloat16 (autocast); weights and optimizer stay float32."""
+    recomputation: bool = True
+    """On a GPU, make x and dt of each mixer again in the backward pass instead of keeping them: less memory, 2 % more
+    time."""
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest backward: less memory, more time."""
     cuda_graph: bool = True

@@ -127,6 +127,7 @@ class Trainer:
             model = open_start(config, self.tokenizer, self.world.device)
         model = model or MambaLanguageModel(config.model)
         self.model = model.to(self.world.device, torch.float32)
+        self.model.recomputation = config.recomputation
         self.model.activation_checkpointing = config.activation_checkpointing
         self.adapter = make_adapter(self.model, config)
         self.optimizer = make_optimizer(self.model, config)

@@ -158,6 +158,19 @@ def test_activation_checkpointing_changes_no_gradient():
         assert torch.equal(gradient, recomputed[name]), name
 
 
+def test_recomputation_is_that_of_every_mixer():
+    model = make_model()
+    mixers = [block.mixer for block in model.backbone.layers]
+    assert len(mixers) > 1
+    assert model.recomputation
+    model.recomputation = False
+    assert not any(mixer.recomputes for mixer in mixers)
+    mixers[0].recomputes = True
+    assert not model.recomputation
+    model.recomputation = True
+    assert all(mixer.recomputes for mixer in mixers)
+
+
 def test_activation_checkpointing_leaves_the_generators_alone(monkeypatch):
     """Their state cannot be read while a CUDA graph is captured; without dropout nobody draws."""
     model = make_model()

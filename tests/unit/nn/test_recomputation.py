@@ -138,6 +138,14 @@ def test_what_is_kept_is_xz_the_states_and_y() -> None:
     assert sum(kept(mixer, hidden, keep=True)) == sum(sizes) + 2 * 128  # x and dt
 
 
+def test_a_mixer_can_be_told_to_keep_x_and_dt() -> None:
+    mixer = make_mixer(64, d_state=16)
+    hidden = torch.randn(2, 128, 64, requires_grad=True)
+    ours, expected = kept(mixer, hidden), kept(mixer, hidden, keep=True)
+    mixer.recomputes = False
+    assert kept(mixer, hidden) == expected != ours
+
+
 def test_dt_that_is_not_selective_takes_no_memory() -> None:
     mixer, hidden = make_mixer(64, d_state=16, selective=("B", "C")), torch.randn(2, 128, 64)
     sizes = kept(mixer, hidden.requires_grad_())

@@ -289,6 +289,11 @@ def test_bfloat16_on_a_cpu_without(
         Trainer(make_config(precision="bfloat16"))
 
 
+@pytest.mark.parametrize("recomputation", [False, True])
+def test_recomputation_is_the_models(make_config: MakeConfig, recomputation: bool) -> None:
+    assert Trainer(make_config(recomputation=recomputation)).model.recomputation == recomputation
+
+
 def test_activation_checkpointing_changes_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
     plain = Trainer(make_config(out=tmp_path / "plain"))
     frugal = Trainer(make_config(activation_checkpointing=True))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mambakit.ops.cuda.arrays import TYPES, Variants, lanes, multiprocessors, parameter, readable
 from mambakit.ops.cuda.compiler import kernel
+from mambakit.ops.gradient_room import room_for
 from mambakit.ops.operators import Operator
 
 WARPS, STEPS, ADDERS = 4, 8, 8
@@ -81,16 +82,20 @@ def _run_backward(
     initial_state: Optional[Tensor],
     seq_idx: Optional[Tensor],
     silu: bool,
+    room: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias (of no elements if there is none) and the initial state (float32)."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """Gradients of x, weight, bias (of no elements if there is none) and the initial state (float32).
+
+    That of x is put into `room`, if there is one.
+    """
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if room is None else room
     dinitial = torch.empty(_state_shape(x, weight), device=x.device)
     if x.numel() == 0:
         dbias = x.new_empty(0) if bias is None else torch.zeros_like(bias)
         dinitial = dinitial.zero_() if dstate is None else dinitial.copy_(dstate)
         return dx, torch.zeros_like(weight), dbias, dinitial
     x, dy = readable(x), readable(dy)
-    along = lanes(_most(x, weight), x.shape[2], x, dy)
+    along = lanes(_most(x, weight), x.shape[2], x, dy, dx)
     constants, inputs = _prepare(
         BACKWARD_RESIDENT, along, x, weight, bias, initial_state, seq_idx, silu
     )
@@ -101,7 +106,7 @@ def _run_backward(
     launch = kernel("causal_conv1d_backward.cu", "causal_conv1d_backward", x.device, **constants)
     launch(
         _blocks(x, along, run), 32 * WARPS, *inputs, dy, *dy.stride()[:2], dstate, *_strides(dstate),
-        dx, dinitial, parts, *x.shape, run,
+        dx, *dx.stride()[:2], dinitial, parts, *x.shape, run,
     )  # fmt: skip
     filters = inputs[3]
     dweight = torch.empty(filters.shape, dtype=filters.dtype, device=x.device)
@@ -114,7 +119,7 @@ def _run_backward(
     return dx, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype), dinitial
 
 
-def _fake_backward(dy, dstate, x, weight, bias, initial_state, seq_idx, silu):
+def _fake_backward(dy, dstate, x, weight, bias, initial_state, seq_idx, silu, room):
     dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     dinitial = x.new_empty(_state_shape(x, weight), dtype=torch.float32)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial
@@ -130,7 +135,8 @@ def _gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Any,
     saved = ctx.saved_tensors  # Once: activation checkpointing gives them out only once.
     x, _, bias, initial_state, _ = saved
     dy = torch.zeros_like(x) if dy is None else dy
-    dx, dweight, dbias, dinitial = _backward(dy, dstate, *saved, ctx.silu)
+    room = room_for(ctx, saved, 0)
+    dx, dweight, dbias, dinitial = _backward(dy, dstate, *saved, ctx.silu, room)
     return (
         dx,
         dweight,

@@ -84,17 +84,21 @@ def _run_backward(
     block = int(constants["ROWS"]) * int(constants["THREADS"])
     resident = max(1, BACKWARD_THREADS // block)
     blocks = min(-(-count // int(constants["ROWS"])), multiprocessors(x.device) * resident)
-    dweight = torch.empty(blocks, width, device=x.device)
-    launch = kernel(
-        "rms_norm_backward.cu", "rms_norm_backward", x.device,
-        FROM=1 if is_sum else 0 if old is None else 2, BLOCKS=resident, **constants,
-    )  # fmt: skip
-    launch(
+    parts = torch.empty(blocks, width, device=x.device)
+    constants |= {"FROM": 1 if is_sum else 0 if old is None else 2, "BLOCKS": resident}
+    run, add = (
+        kernel("rms_norm_backward.cu", name, x.device, **constants)
+        for name in ("rms_norm_backward", "rms_norm_add_parts")
+    )
+    run(
         blocks, block, None if is_sum else rows, rows.stride(0), old, 0 if old is None else old.stride(0), w, eps,
         dy, dy.stride(0), along, 0 if along is None else along.stride(0),
-        dx, dresidual if dresidual.numel() else None, dweight, count, width,
+        dx, dresidual if dresidual.numel() else None, parts, count, width,
     )  # fmt: skip
-    return dx, dresidual, dweight.sum(0).to(weight.dtype)
+    assert w is not None
+    dweight = torch.empty_like(w)
+    add(-(-width // 32), 256, parts, dweight, blocks, width)
+    return dx, dresidual, dweight.to(weight.dtype)
 
 
 def _fake_backward(x, residual, weight, eps, dy, dtotal):

@@ -151,8 +151,12 @@ def _run_backward(
     restart: Optional[Tensor],
     saved: Tensor,
     dt_softplus: bool,
+    room: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial state (of no elements for absent inputs)."""
+    """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial state (of no elements for absent inputs).
+
+    That of z is put into `room`, a half of rows, if the dtype fits.
+    """
     inputs = _Inputs(x, dt, A, B, C, D, z, dt_bias, restart, dt_softplus)
     form, padded = inputs.form, inputs.form.padded
     batch, seqlen, d_inner = x.shape
@@ -168,8 +172,12 @@ def _run_backward(
         )
         return *absent, dstate.clone()  # type: ignore[return-value]
     dout, dstate = readable(dy.to(inputs.io)), dstate.to(inputs.A.dtype).contiguous()
-    dx, ddt = (torch.empty(x.shape, dtype=inputs.io, device=device) for _ in range(2))
-    dz = nothing() if z is None else torch.empty_like(dx)
+    if room is None or room.dtype != inputs.io:
+        dx, ddt = (torch.empty(x.shape, dtype=inputs.io, device=device) for _ in range(2))
+        dz = nothing() if z is None else torch.empty_like(dx)
+    else:  # The rows of z's are twice as long, so those of the others are: the kernel has one place for all.
+        both, dz = room.new_empty(batch, seqlen, 2, d_inner), room
+        dx, ddt = both.unbind(2)
     dinitial = torch.empty_like(dstate)
 
     chunk, chunks = inputs.cut_backward()
@@ -186,9 +194,9 @@ def _run_backward(
         rows = (inputs.row_blocks, batch, seqlen) if weight.ndim > 2 else (batch, chunks, d_inner)
         return torch.empty(*rows, padded, dtype=inputs.A.dtype, device=device)
 
-    dA = torch.empty(batch, chunks, d_inner, padded, dtype=inputs.A.dtype, device=device)
-    dB, dC = parts(B), parts(C)
-    sums_of_time = torch.empty(2, batch, chunks, d_inner, device=device)
+    dA_parts = torch.empty(batch, chunks, d_inner, padded, dtype=inputs.A.dtype, device=device)
+    dB_parts, dC_parts = parts(B), parts(C)
+    parts_of_time = torch.empty(2, batch, chunks, d_inner, device=device)
 
     def of_file(name: str) -> Kernel:
         size = inputs.x.element_size()
@@ -200,35 +208,35 @@ def _run_backward(
     run(
         (inputs.blocks, chunks), 32 * form.warps,
         dout, inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.dt_bias, inputs.restart,
-        saved, dstate, adjoints, sums, dx, ddt, dz, dA, dB, dC, *sums_of_time, dinitial,
-        seqlen, d_inner, d_state, inputs.groups, chunk, chunks,
+        saved, dstate, adjoints, sums, dx, ddt, dz, dA_parts, dB_parts, dC_parts, *parts_of_time, dinitial,
+        dx.stride(1), seqlen, d_inner, d_state, inputs.groups, chunk, chunks,
         *_rows(dout), *_rows(inputs.x), *_rows(inputs.dt), *_rows(inputs.z),
         *_weight_rows(inputs.B), *_weight_rows(inputs.C),
         shared=form.backward_bytes(inputs.x.element_size(), inputs.is_few),
     )  # fmt: skip
 
-    def weight(parts: Tensor, like: Tensor, read: Tensor) -> Tensor:
-        """The gradient of B or C from its parts."""
-        if like.ndim == 2:
-            return parts.sum((0, 1))[:, :d_state].to(like.dtype)
-        sums = torch.empty(like.shape, dtype=read.dtype, device=device)
-        groups = like.shape[2] if like.ndim == 4 else 1
-        add(
-            (-(-batch * seqlen * groups * form.spread // 32),), 128,
-            parts, sums, batch * seqlen, d_state, groups, inputs.row_blocks // groups,
-        )  # fmt: skip
-        return sums.to(like.dtype)
+    dA, dB, dC = (
+        torch.empty_like(W, memory_format=torch.contiguous_format)
+        for W in (inputs.A, inputs.B, inputs.C)
+    )
+    dD, dbias = (torch.empty(d_inner, device=device) for _ in range(2))
+    B_groups, C_groups = (_weight_rows(W)[3] for W in (inputs.B, inputs.C))
+    most = max(d_inner, batch * seqlen * max(B_groups, C_groups))
+    add(
+        (-(-most * form.spread // 32), 4), 128,
+        dA_parts, dB_parts, dC_parts, *parts_of_time, dA, dB, dC, dD, dbias,
+        batch * seqlen, d_inner, d_state, B_groups, C_groups, inputs.row_blocks, batch * chunks,
+    )  # fmt: skip
 
     def like(gradient: Tensor, parameter: Tensor | None) -> Tensor:
         return nothing() if parameter is None else gradient.to(parameter.dtype)
 
-    dD, dbias = (parts.sum((0, 1)) for parts in sums_of_time)  # Not views of one tensor
     return (
         like(dx, x),
         like(ddt, dt),
-        like(dA.sum((0, 1))[:, :d_state], A),
-        weight(dB, B, inputs.B),
-        weight(dC, C, inputs.C),
+        like(dA, A),
+        like(dB, B),
+        like(dC, C),
         like(dD, D),
         like(dz, z),
         like(dbias, dt_bias),

@@ -109,3 +109,34 @@ def test_few_blocks_need_room_and_tensor_cores(monkeypatch: pytest.MonkeyPatch) 
     assert is_few() == (False, False)
     monkeypatch.setattr(cuda, "IS_FEW", True)
     assert is_few(d_state=17) == (False, False)
+
+
+@pytest.mark.parametrize("has_room", [False, True])
+def test_gradients_have_memory_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, has_room: bool
+) -> None:
+    """As compiled code takes them: each at a multiple of 16 bytes. Without a GPU kernels do nothing."""
+    launched = []
+    monkeypatch.setattr(
+        cuda,
+        "kernel",
+        lambda file, name, *_, **__: lambda *args, **_: launched.append((name, args)),
+    )
+    batch, seqlen, channels = 2, 5, 98
+    x, A = torch.empty(batch, seqlen, channels), torch.empty(channels, 16)
+    B, D = torch.empty(batch, seqlen, 16), torch.empty(channels)
+    saved, state = cuda._saved_like(x, A, True), torch.empty(batch, channels, 16)
+    room = torch.empty(batch, seqlen, 2, channels)[..., 1, :] if has_room else None
+    found = cuda._run_backward(x, state, x, x, A, B, B, D, x, D, None, saved, True, room)
+    assert [name for name, _ in launched] == ["scan_backward", "scan_add_parts"]
+    assert [g.shape for g in found] == [t.shape for t in (x, x, A, B, B, D, x, D, state)]
+    if room is None:
+        assert len({g.untyped_storage()._cdata for g in found}) == len(found)
+        assert all(g.is_contiguous() and g.data_ptr() % 16 == 0 for g in found)
+    else:
+        dx, ddt, *others, dz, _, _ = found
+        assert dz is room
+        assert (
+            dx.stride() == ddt.stride() == dz.stride() == (seqlen * 2 * channels, 2 * channels, 1)
+        )
+        assert all(g.is_contiguous() for g in others)

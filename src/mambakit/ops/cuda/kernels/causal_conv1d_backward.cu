@@ -58,8 +58,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) causal_conv1d_ba
     const PARAMETER* __restrict__ bias, const IO* __restrict__ initial, int64 initial_batch, int64 initial_channel,
     int64 initial_tap, const INDEX* __restrict__ seq_idx, const IO* __restrict__ dy, int64 dy_batch, int64 dy_time,
     const IO* __restrict__ dfinal, int64 dfinal_batch, int64 dfinal_channel, int64 dfinal_tap,
-    IO* __restrict__ dx, float* __restrict__ dinitial, float* __restrict__ parts, int64 batches, int64 seqlen,
-    int64 channels, int64 run) {
+    IO* __restrict__ dx, int64 dx_batch, int64 dx_time, float* __restrict__ dinitial, float* __restrict__ parts,
+    int64 batches, int64 seqlen, int64 channels, int64 run) {
   const Place place(batches, seqlen, channels, run);
   if (!place.inside) return;
   const Inputs inputs{x + place.batch * x_batch + place.channel, x_time,
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) causal_conv1d_ba
     commit_copies();
   };
   for (int step = 0; step < STEPS; ++step) ask(slot_of(step), step < given);
-  dx += (place.batch * seqlen + place.begin) * channels + place.channel;
+  dx += place.batch * dx_batch + place.begin * dx_time + place.channel;
   const Filter filter(weight, bias, place.channel);
   Window window;
   window.enter(inputs, place.begin);
@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) causal_conv1d_ba
     }
     if (usual || step >= PAST) {
       write(dx, gradients.waiting[0]);
-      dx += channels;
+      dx += dx_time;
     } else if (place.begin == 0) {
 #pragma unroll
       for (int i = 0; i < LANES; ++i)

@@ -3,7 +3,7 @@
 //     dr = s (g - r s^2 mean(g r)) + dtotal      dweight = sum over rows of dy r s
 //
 // dr is the gradient of x and of the residual. The blocks walk all rows and keep their part of dweight in registers;
-// the parts are added by the caller. r is x where FROM is 0, the sum that the forward wrote where it is 1 (then in
+// rms_norm_add_parts adds the parts. r is x where FROM is 0, the sum that the forward wrote where it is 1 (then in
 // `residual`), x + residual where it is 2.
 #include "rms_norm.cuh"
 
@@ -84,4 +84,23 @@ extern "C" __global__ void __launch_bounds__(ROWS * THREADS, BLOCKS) rms_norm_ba
       dweight[blockIdx.x * width + at + v * stride] = sum;
     }
   }
+}
+
+// dweight, (width): the sums of what the blocks left, (parts, width), in a fixed order. A block has 32 columns, a warp every
+// ADDERS-th part.
+constexpr int ADDERS = 8;
+extern "C" __global__ void __launch_bounds__(32 * ADDERS) rms_norm_add_parts(
+    const float* __restrict__ found, PARAMETER* __restrict__ dweight, int64 parts, int64 width) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64 column = (int64)blockIdx.x * 32 + lane;
+  __shared__ float sums[ADDERS][32];
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int64 part = warp; part < (column < width ? parts : 0); part += ADDERS) sum += found[part * width + column];
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || column >= width) return;
+#pragma unroll
+  for (int other = 1; other < ADDERS; ++other) sum += sums[other][lane];
+  dweight[column] = from_float<PARAMETER>(sum);
 }

@@ -11,7 +11,8 @@
 // exp(dt A) and h in registers, and back with the adjoint. Lanes and channels are as in selective_scan.cuh.
 //
 // Sums over channels: lanes to warp within a segment (channel_sums.cuh), warps to block through shared memory at the end of a
-// tile, and one row a block to global memory, which scan_add_parts adds in order. So every sum has one order, and no atomics.
+// tile, and one row a block to global memory. Sums over time are those of a batch row's chunk. scan_add_parts adds both in
+// order. So every sum has one order, and no atomics.
 //
 // Constants beside those of selective_scan.cuh:
 //     SEGMENT                 4, or 8 where few blocks leave each the registers for it
@@ -82,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     const float* dt_bias, const unsigned char* restart, const Number* saved, const Number* dfinal_state,
     const Number* adjoints, const Sum* sums_dt,
     IO* dx, IO* ddt, IO* dz, Number* dA_parts, Number* dB_parts, Number* dC_parts, float* dD_parts, float* dbias_parts,
-    Number* dinitial_state,
+    Number* dinitial_state, int64 out_time,
     int64 seqlen, int64 d_inner, int64 d_state_, int64 groups, int64 chunk, int64 chunks,
     int64 dout_batch, int64 dout_time, int64 x_batch, int64 x_time, int64 dt_batch, int64 dt_time, int64 z_batch,
     int64 z_time,
@@ -222,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #pragma unroll
     for (int j = 0; j < 2 * CHANNELS; j++) own.start[j % 2].of[WarpStates::place(j / 2, at.part, at.slot)] = States{};
   }
-  if (at.part == 0) own.out[at.slot] = at.batch * seqlen * d_inner + at.channel;
+  if (at.part == 0) own.out[at.slot] = at.batch * seqlen * out_time + at.channel;
   if (COPIES_WEIGHTS) copy_weights(t0, 0);
   else get(0, t0), put(0, 0), get(1, t0), put(1, 0);
   copy_steps(t0, 0, read_next()), copy_start(t0, 0);
@@ -417,7 +418,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
           dD_run[j] = fmaf(dy, input, dD_run[j]);
           dbias_run[j] += channels ? ddt_now[j] : 0.0f;
         }
-        const int64 here = own.out[at.slot] + (unsigned)(t0 + i) * (uint64)(unsigned)d_inner;
+        const int64 here = own.out[at.slot] + (unsigned)(t0 + i) * (uint64)(unsigned)out_time;
         write(dx + here, dx_now, channels);
         write(ddt + here, ddt_now, channels);
         if (HAS_Z) write(dz + here, dz_now, channels);
@@ -487,10 +488,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 FORCE_INLINE float exchanged(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 FORCE_INLINE float2 exchanged(float2 v, int mask) { return make_float2(exchanged(v.x, mask), exchanged(v.y, mask)); }
 
-// dB or dC, (B, L, G, N): the sums of the parts that the blocks of a group left, (blocks of a batch row, B, L, PADDED). A lane
-// has STATES states and every fourth part, so that many reads are under way.
-extern "C" __global__ void scan_add_parts(
-    const Number* parts, Weight* sums, int64 rows, int64 d_state, int64 groups, int64 blocks) {
+// Sums of parts (blocks of a group, rows, PADDED), put by their place in (rows, groups, N). A lane has STATES states and every
+// fourth part, so that many reads are under way.
+template <class Put>
+FORCE_INLINE void add_parts(const Number* parts, int64 rows, int64 d_state, int64 groups, int64 blocks, Put put) {
   const unsigned lane = threadIdx.x % 32;
   const int64 i = ((int64)blockIdx.x * blockDim.x + threadIdx.x) / 32 * 8 + lane % 8;
   const bool exists = i < rows * groups * SPREAD;
@@ -503,6 +504,39 @@ extern "C" __global__ void scan_add_parts(
   for (int n = 0; n < STATES; n++) {
 #pragma unroll
     for (int other = 8; other < 32; other *= 2) sum.of[n] = scale_add(1.0f, exchanged(sum.of[n], other), sum.of[n]);
-    if (exists && lane < 8 && first + n < d_state) sums[(row * groups + group) * d_state + first + n] = to_weight(sum.of[n]);
+    if (exists && lane < 8 && first + n < d_state) put((row * groups + group) * d_state + first + n, sum.of[n]);
+  }
+}
+
+// All sums of what the blocks of scan_backward left: dA, (D, N); dB and dC, (B, L, G, N), or (D, N) if they do not vary; and, of
+// every channel, dD and the gradient of the bias, (D). `rows` is B L, `blocks` those of a batch row, `chunks` those of all.
+extern "C" __global__ void scan_add_parts(
+    const Number* dA_parts, const Number* dB_parts, const Number* dC_parts, const float* dD_parts, const float* dbias_parts,
+    Number* dA, void* dB, void* dC, float* dD, float* dbias,
+    int64 rows, int64 d_inner, int64 d_state, int64 B_groups, int64 C_groups, int64 blocks, int64 chunks) {
+  auto of_channels = [&](const Number* parts, Number* sums) {
+    add_parts(parts, d_inner, d_state, 1, chunks, [&](int64 at, Number sum) { sums[at] = sum; });
+  };
+  auto of_steps = [&](const Number* parts, Weight* sums, int64 groups) {
+    add_parts(parts, rows, d_state, groups, blocks / groups, [&](int64 at, Number sum) { sums[at] = to_weight(sum); });
+  };
+  if (blockIdx.y == 0) {
+    if (B_VARIES) of_steps(dB_parts, (Weight*)dB, B_groups);
+    else of_channels(dB_parts, (Number*)dB);
+  } else if (blockIdx.y == 1) {
+    if (C_VARIES) of_steps(dC_parts, (Weight*)dC, C_groups);
+    else of_channels(dC_parts, (Number*)dC);
+  } else if (blockIdx.y == 2) {
+    of_channels(dA_parts, dA);
+  } else {
+    const int64 channel = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (channel >= d_inner) return;
+    float D_sum = 0.0f, bias_sum = 0.0f;
+#pragma unroll 8
+    for (int64 chunk = 0; chunk < chunks; chunk++) {
+      D_sum += dD_parts[chunk * d_inner + channel];
+      bias_sum += dbias_parts[chunk * d_inner + channel];
+    }
+    dD[channel] = D_sum, dbias[channel] = bias_sum;
   }
 }
