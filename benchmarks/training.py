@@ -11,8 +11,8 @@ A step is forward, backward and fused AdamW, in bfloat16 autocast with float32 w
 one batch again and again: that the loss falls is checked, since a speed counts only if the model learns. A step is one
 CUDA graph, as in `mambakit train` (--no-graph: eager code). Medians of steps, timed by events. Memory is the most that
 tensors took. *x and dt kept*: the mixers keep these for the backward pass (`recomputation = false`) instead of making
-them again. MFU counts forward and backward once, as `flops_per_token` does, against the GPU's rated speed in bfloat16. A case that
-does not fit is reported as such.
+them again. MFU counts forward and backward once, as `flops_per_token` does, against the GPU's rated speed in
+bfloat16. A case that does not fit is reported as such.
 """
 
 from __future__ import annotations
