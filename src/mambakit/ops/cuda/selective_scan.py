@@ -19,12 +19,12 @@ from mambakit.ops.cuda.scan_layout import (
     FORWARD,
     MOST_STATES,
     NARROW,
-    NARROW_PACE,
     Pace,
     backward_kernel,
     forward_kernel,
     layout,
     narrow_kernel,
+    narrow_time,
     plan,
     takes_narrow,
     variants,
@@ -125,7 +125,7 @@ def _run_forward(
     strides = (
         *_rows(inputs.x), *_rows(inputs.dt), *_rows(inputs.z), *_weight_rows(inputs.B), *_weight_rows(inputs.C),
     )  # fmt: skip
-    if inputs.is_narrow():
+    if inputs.is_narrow(keeps=save):
         inputs.run_narrow(*tensors, *sizes, *strides)
         return y.to(x.dtype), final_state, saved
     chunk, chunks = inputs.cut_forward()
@@ -350,14 +350,14 @@ class _Inputs:
         room = pace.resident * multiprocessors(self.x.device)
         return self.blocks <= room and self.plan(pace, most=1)[1] < others
 
-    def is_narrow(self) -> bool:
-        """Whether `scan_narrow` knows the sizes, and is faster than any other way."""
+    def is_narrow(self, keeps: bool) -> bool:
+        """Whether `scan_narrow` knows the sizes, and is faster than any other way; with states kept, or without."""
         if CHUNKS is not None or not takes_narrow(self.form, self.x.element_size()):
             return False
         if IS_NARROW is not None:
             return IS_NARROW
         processors = multiprocessors(self.x.device)
-        _, time = plan(self.narrow_blocks, self.x.shape[1], processors, NARROW_PACE, most=1)
+        time = narrow_time(self.narrow_blocks, self.x.shape[1], processors, keeps)
         if self.are_few(FEW_FORWARD, time):
             return False
         return all(time < self.forward_time(channels) for channels in FORWARD)

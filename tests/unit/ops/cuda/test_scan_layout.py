@@ -13,6 +13,7 @@ from mambakit.ops.cuda.scan_layout import (
     SHARED_LIMIT,
     Pace,
     layout,
+    narrow_time,
     plan,
     takes_narrow,
 )
@@ -86,3 +87,10 @@ def test_what_is_walked_in_one_pass(
 
 def test_what_is_walked_in_one_pass_is_not_cut() -> None:
     assert plan(1, 65536, MULTIPROCESSORS, NARROW_PACE, most=1)[0] == 1
+
+
+def test_time_of_one_pass() -> None:
+    """Beginning and end are as long however short the sequence is."""
+    long, short = (narrow_time(300, n, MULTIPROCESSORS, keeps=False) for n in (8000, 80))
+    assert short == pytest.approx(2 * long / 1.01)
+    assert narrow_time(300, 80, MULTIPROCESSORS, keeps=True) < short

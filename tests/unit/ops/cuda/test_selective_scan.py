@@ -31,24 +31,37 @@ def inputs(
         return cuda._Inputs(x, x, torch.empty(channels, d_state), B, B, None, x, None, None, True)
 
 
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize(
     ("batch", "seqlen", "channels"),
-    [(1, 65536, 1536), (8, 2048, 1536), (1, 2048, 5120), (4, 2048, 4096), (8, 2048, 5120)],
+    [(1, 65536, 1536), (8, 2048, 1536), (1, 2048, 5120), (32, 2048, 1536)],
 )
-def test_channels_are_walked_in_one_pass(batch: int, seqlen: int, channels: int) -> None:
-    assert inputs(batch, seqlen, channels).is_narrow()
+def test_channels_are_walked_in_one_pass(
+    batch: int, seqlen: int, channels: int, keeps: bool
+) -> None:
+    assert inputs(batch, seqlen, channels).is_narrow(keeps)
 
 
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize(
-    ("batch", "seqlen", "channels"), [(1, 65536, 1024), (2, 8192, 512), (1, 65536, 64)]
+    ("batch", "seqlen", "channels"),
+    [(1, 65536, 1024), (2, 8192, 512), (1, 65536, 64), (64, 512, 1536), (16, 256, 4096)],
 )
-def test_very_few_channels_are_not(batch: int, seqlen: int, channels: int) -> None:
-    assert not inputs(batch, seqlen, channels).is_narrow()
+def test_very_few_channels_and_short_sequences_are_not(
+    batch: int, seqlen: int, channels: int, keeps: bool
+) -> None:
+    assert not inputs(batch, seqlen, channels).is_narrow(keeps)
+
+
+@pytest.mark.parametrize(("batch", "channels"), [(4, 4096), (8, 5120)])
+def test_many_channels_are_where_states_are_kept(batch: int, channels: int) -> None:
+    assert inputs(batch, 2048, channels).is_narrow(keeps=True)
+    assert not inputs(batch, 2048, channels).is_narrow(keeps=False)
 
 
 def test_what_the_kernel_does_not_know() -> None:
-    assert not inputs(1, 65536, 1536, d_state=17).is_narrow()
-    assert not inputs(1, 65536, 1536, dtype=torch.float32).is_narrow()
+    assert not inputs(1, 65536, 1536, d_state=17).is_narrow(keeps=True)
+    assert not inputs(1, 65536, 1536, dtype=torch.float32).is_narrow(keeps=True)
 
 
 def test_a_block_stays_in_its_group() -> None:
@@ -64,10 +77,10 @@ def test_helpers_move_eight_channels_at_once_where_they_are_aligned() -> None:
 
 def test_tests_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "IS_NARROW", True)
-    assert inputs(8, 2048, 5120).is_narrow()
-    assert not inputs(8, 2048, 5120, dtype=torch.float32).is_narrow()
+    assert inputs(8, 2048, 5120).is_narrow(keeps=True)
+    assert not inputs(8, 2048, 5120, dtype=torch.float32).is_narrow(keeps=True)
     monkeypatch.setattr(cuda, "CHUNKS", 3)
-    assert not inputs(1, 65536, 1536).is_narrow()
+    assert not inputs(1, 65536, 1536).is_narrow(keeps=True)
 
 
 def test_one_channel_a_lane_where_two_leave_processors_idle() -> None:
