@@ -25,7 +25,7 @@ FEWEST_ROWS, MOST_ROWS = 9, 128
 LEAST_WIDTH = 1024
 """Of the stream, for which the step is faster than by the kernels of `model_step` (docs/lab-notes.md)."""
 
-MOST_LAYERS = 92
+MOST_LAYERS = 69
 """Whose addresses and tensor maps fit into the parameters of a kernel, 32 KB."""
 
 CLUSTER = 4
@@ -137,11 +137,12 @@ def step(
     x, y, *others = _exchanged(batch, shape, count, head)
     maps = [tensor_map(layer.in_proj, 16) for layer in layers]
     maps += [tensor_map(layer.out_proj, 8) for layer in layers]
+    maps += [steering_map(layer.x_proj, _own(shape, count)) for layer in layers]
     maps += [tensor_map(head, 16), *(tensor_map(tensor, tile_of(batch)) for tensor in (x, y))]
     addresses = [
         tensor.data_ptr()
         for layer in layers
-        for tensor in (layer.norm, *layer[2:9], *layer[10:12])  # All but the large matrices
+        for tensor in (layer.norm, *layer[2:4], *layer[5:9], *layer[10:12])  # All that has no map
         if tensor is not None
     ]
     around = tokens, embedding, norm_f, logits, x, y, *others
@@ -175,21 +176,38 @@ def tensor_map(matrix: Tensor, rows: int) -> bytes:
         matrix: Contiguous, from 16 bytes on.
         rows: Of a box; those past the end of the matrix are zeros.
     """
-    return _tensor_map(matrix.data_ptr(), *matrix.shape, rows, matrix.dtype)
+    return _tensor_map(matrix.data_ptr(), *matrix.shape, rows, BOX, True, matrix.dtype)
+
+
+def steering_map(x_proj: Tensor, own: int) -> bytes:
+    """The same of x_proj, (R + 2 N, D), for so many channels of a cluster: boxes as large as a slot, row after row.
+
+    A box has eight columns more than are used, which keep neighbouring rows in different banks of shared memory.
+    """
+    rows = 128 * own // (2 * own + 16) // 8 * 8
+    return _tensor_map(x_proj.data_ptr(), *x_proj.shape, rows, own + 8, False, x_proj.dtype)
 
 
 @functools.lru_cache(maxsize=4096)
-def _tensor_map(address: int, rows: int, columns: int, box: int, dtype: torch.dtype) -> bytes:
+def _tensor_map(
+    address: int,
+    rows: int,
+    columns: int,
+    box_rows: int,
+    box_columns: int,
+    swizzled: bool,
+    dtype: torch.dtype,
+) -> bytes:
     from cuda.bindings import driver
 
-    kinds = driver.CUtensorMapDataType
+    kinds, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
     status, found = driver.cuTensorMapEncodeTiled(
         kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype is torch.bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         2, address,
         [driver.cuuint64_t(columns), driver.cuuint64_t(rows)], [driver.cuuint64_t(2 * columns)],
-        [driver.cuuint32_t(BOX), driver.cuuint32_t(box)], [driver.cuuint32_t(1)] * 2,
+        [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)], [driver.cuuint32_t(1)] * 2,
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        swizzles.CU_TENSOR_MAP_SWIZZLE_128B if swizzled else swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )  # fmt: skip

@@ -167,6 +167,15 @@ def test_so_is_a_head_that_does_not() -> None:
 
 
 def test_parameters_fit() -> None:
-    maps, addresses = 2 * many_rows_step.MOST_LAYERS + 3, 10 * many_rows_step.MOST_LAYERS + 11
+    maps, addresses = 3 * many_rows_step.MOST_LAYERS + 3, 9 * many_rows_step.MOST_LAYERS + 11
     doubles = many_rows_step.MOST_LAYERS + 1
     assert 128 * maps + 8 * (addresses + 4 + doubles) <= 32764 - 63
+
+
+@pytest.mark.parametrize(("own", "rows"), [(64, 56), (80, 56), (112, 56), (144, 56), (176, 56)])
+def test_boxes_of_x_proj_fill_a_slot(own: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many_rows_step, "_tensor_map", lambda *asked: repr(asked).encode())
+    x_proj = torch.zeros(160, 4096, dtype=torch.bfloat16)
+    asked = (x_proj.data_ptr(), 160, 4096, rows, own + 8, False, torch.bfloat16)
+    assert many_rows_step.steering_map(x_proj, own) == repr(asked).encode()
+    assert rows * (2 * own + 16) <= 128 * own < (rows + 8) * (2 * own + 16)

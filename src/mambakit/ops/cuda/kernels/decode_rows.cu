@@ -28,15 +28,20 @@ struct Block {
   const Place at;
   Taker<SLOTS, SLOT> weights;
   Taker<X_SLOTS, X_SLOT> xs;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  int lane = threadIdx.x % 32, thread = threadIdx.x;
   const int group = warp / 4, tile = TILES > 1 ? group : 0;  // which warpgroup, and which 64 rows of the batch it multiplies
   unsigned turn = 0;  // of exchanges of sums
   static constexpr int SPAN = OWN / 2;  // rows of a matrix whose sums are handed out together
-  static constexpr int TURNS = (OWN * SPREAD + THREADS - 1) / THREADS, COLUMN_TURNS = (COLUMNS + 31) / 32;
+  static constexpr int TURNS = (OWN * SPREAD + 127) / 128, COLUMN_TURNS = (COLUMNS + 31) / 32;
   static constexpr int ROW_TURNS = (SHARE + WARPS - 1) / WARPS;
   float rates[TURNS][LANE_STATES], skips[TURNS];  // of the scan
   float norm[COLUMN_TURNS];                       // the weights of the next one
   float stream[ROW_TURNS][COLUMN_TURNS] = {};     // of the residual stream, what this lane has
+
+  // What addresses are made of, so that the compiler makes them where they are used. Else it keeps them from layer to layer, and
+  // spills them.
+  __device__ __forceinline__ void forget_addresses() { asm volatile("" : "+r"(lane), "+r"(thread)); }
 
   __device__ __forceinline__ void arrive_everywhere(BlockBarrier& barrier) {
     __syncwarp();
@@ -75,7 +80,7 @@ struct Block {
   }
   // So many bytes from each block of the cluster.
   __device__ __forceinline__ void await_sums(int bytes) {
-    if (threadIdx.x == 0) shared.received.arrive_for(CLUSTER * bytes);
+    if (thread == 0) shared.received.arrive_for(CLUSTER * bytes);
     shared.received.await(turn);
   }
   __device__ __forceinline__ void free_sums() {
@@ -85,8 +90,8 @@ struct Block {
 
   static constexpr int N = TILES > 1 ? OWN : SPAN;  // rows of in_proj and the head of a warpgroup
 
-  // Their products, so many boxes along k.
-  __device__ __forceinline__ void product(WarpgroupSums<N>& sums, int boxes) {
+  // Their products, of so many boxes along k.
+  __device__ __forceinline__ void product(WarpgroupSums<N>& sums, int boxes = BOXES) {
     const int offset = (TILES > 1 ? 0 : group * N) * 128;
     sums.multiply(xs.await_slot() + tile * 8192, weights.await_slot() + offset);
 #pragma unroll 1
@@ -100,18 +105,11 @@ struct Block {
     weights.release(), xs.release();
   }
 
-  // Half of in_proj: x or z. do_for(which channels: from this one on, PART) when the sums are there.
-  template <class Do> __device__ __forceinline__ void half_of_in_proj(Do do_for) {
-    WarpgroupSums<N> sums;
-    product(sums, WIDTH / CLUSTER / BOX);
-    const int column = TILES > 1 ? 0 : group * N;
-    hand_out<0, N / ROUNDS>(sums, at.rank, PITCH, column);
-    do_for(0);
-    if constexpr (ROUNDS > 1) {
-      hand_out<N / 2, N>(sums, at.rank, PITCH, column);
-      do_for(PART);
-    }
+  // Half of in_proj, x or z: the sums of its first or second part.
+  template <int ROUND> __device__ __forceinline__ void hand_out_part(const WarpgroupSums<N>& sums) {
+    hand_out<ROUND * (N / ROUNDS), (ROUND + 1) * (N / ROUNDS)>(sums, at.rank, PITCH, TILES > 1 ? 0 : group * N);
   }
+
   // Of two neighbouring channels.
   __device__ __forceinline__ Vector<float, 2> sums_at(int r, int c) const {
     const int place = place_of(c);
@@ -122,103 +120,127 @@ struct Block {
     return {sum.x * shared.factors[r], sum.y * shared.factors[r]};
   }
 
-  __device__ __forceinline__ void in_proj_and_convolution(const Layer& layer, int l) {
-    constexpr int PAIRS = PART / 2, TOGETHER = THREADS / PAIRS;
-    const int c = threadIdx.x % PAIRS * 2, r0 = threadIdx.x / PAIRS;
-    half_of_in_proj([&](int from) {
-      const int count = min(PART, at.own - from), state = count * PAST;
-      IO* const states = reinterpret_cast<IO*>(weights.await_slot());
-      if (from == 0) shared.scaled.await(l & 1);
-      await_sums(at.rows * PART * 4);
-      if (r0 < TOGETHER && c < count) {
-        const IO* const taps = states + at.rows * state + c * TAPS;
-        const IO* const offsets = states + at.rows * state + count * TAPS + c;
-        float filters[2][TAPS];
+  // States of the convolution, on their way from a slot to memory: they are written when no sums that others wait for are behind them.
+  struct NewStates {
+    uint4 words[(SHARE * PART * PAST / 8 + THREADS - 1) / THREADS];
+
+    // do_for(row, piece of it, piece of all, its words) of this thread's pieces.
+    template <class Do> __device__ __forceinline__ void each(int rows, int channels, Do do_for) {
+      const int pieces = channels * PAST / 8;
+      int place = threadIdx.x;
 #pragma unroll
-        for (int w = 0; w < 2 * TAPS; ++w) filters[w / TAPS][w % TAPS] = to_float(taps[w]);
-        for (int r = r0; r < at.rows; r += TOGETHER) {
-          IO* const past = states + r * state + c * PAST;
-          const Vector<float, 2> sums = sums_at(r, c);
-          IO x[2], inputs[2][TAPS];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-#pragma unroll
-            for (int w = 0; w < PAST; ++w) inputs[i][w] = past[i * PAST + w];
-            inputs[i][PAST] = from_float<IO>(sums.items[i]);
-            float sum = to_float(offsets[i]);
-#pragma unroll
-            for (int w = 0; w < TAPS; ++w) sum = fmaf(filters[i][w], to_float(inputs[i][w]), sum);
-            x[i] = from_float<IO>(sum * sigmoid_of(sum));
-          }
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-#pragma unroll
-            for (int w = 0; w < PAST; ++w) past[i * PAST + w] = inputs[i][w + 1];
-          *reinterpret_cast<unsigned*>(&shared.x[r][from + c]) = x[0].bits | (unsigned)x[1].bits << 16;
-        }
+      for (uint4& piece : words) {
+        if (place < rows * pieces) do_for(place / pieces, place % pieces, place, piece);
+        place += THREADS;
       }
-      free_sums();
-      meet();
-      const int pieces = state * (int)sizeof(IO) / 16;
-      for (int r = warp; r < at.rows; r += WARPS) {
-        uint4* const to = reinterpret_cast<uint4*>(layer.conv_state + (at.first + r) * model.conv_batch + (at.channel + from) * PAST);
-        for (int i = lane; i < pieces; i += 32) to[i] = reinterpret_cast<const uint4*>(states + r * state)[i];
-      }
-      weights.release();
+    }
+  };
+  __device__ __forceinline__ void write_states(const Layer& layer, int from, NewStates& new_states) {
+    IO* const to = layer.conv_state + at.first * model.conv_batch + (at.channel + from) * PAST;
+    new_states.each(at.rows, min(PART, at.own - from), [&](int r, int piece, int, const uint4& words) {
+      reinterpret_cast<uint4*>(to + r * model.conv_batch)[piece] = words;
     });
   }
 
-  // Rows of a matrix that were sent whole, by rows of A in shared memory; end(row of A, row of the matrix, two sums).
-  template <int COLUMNS_OF, class End> __device__ __forceinline__ void few(const IO* A, int rows, int columns, End end) {
-    constexpr int LINE = COLUMNS_OF * 2 + 16;
+  // Of the channels of a part, whose sums have been handed out.
+  __device__ __forceinline__ void convolution(int l, int from, NewStates& new_states) {
+    constexpr int PAIRS = PART / 2, TOGETHER = THREADS / PAIRS;
+    const int c = thread % PAIRS * 2, r0 = thread / PAIRS;
+    const int count = min(PART, at.own - from), state = count * PAST;
+    IO* const states = reinterpret_cast<IO*>(weights.await_slot());
+    shared.scaled.await(l & 1);
+    await_sums(at.rows * PART * 4);
+    if (r0 < TOGETHER && c < count) {
+      const IO* const taps = states + at.rows * state + c * TAPS;
+      const IO* const offsets = states + at.rows * state + count * TAPS + c;
+      float filters[2][TAPS];
+#pragma unroll
+      for (int w = 0; w < 2 * TAPS; ++w) filters[w / TAPS][w % TAPS] = to_float(taps[w]);
+      for (int r = r0; r < at.rows; r += TOGETHER) {
+        IO* const past = states + r * state + c * PAST;
+        const Vector<float, 2> sums = sums_at(r, c);
+        IO x[2], inputs[2][TAPS];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int w = 0; w < PAST; ++w) inputs[i][w] = past[i * PAST + w];
+          inputs[i][PAST] = from_float<IO>(sums.items[i]);
+          float sum = to_float(offsets[i]);
+#pragma unroll
+          for (int w = 0; w < TAPS; ++w) sum = fmaf(filters[i][w], to_float(inputs[i][w]), sum);
+          x[i] = from_float<IO>(sum * sigmoid_of(sum));
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int w = 0; w < PAST; ++w) past[i * PAST + w] = inputs[i][w + 1];
+        *reinterpret_cast<unsigned*>(&shared.x[r][from + c]) = x[0].bits | (unsigned)x[1].bits << 16;
+      }
+    }
+    free_sums();
+    meet();
+    new_states.each(at.rows, count, [&](int, int, int place, uint4& words) { words = reinterpret_cast<const uint4*>(states)[place]; });
+    weights.release();
+  }
+
+  // Rows of a matrix that were sent whole, by rows of A in shared memory; end(row of A, two rows of the matrix, their sums). IN_PIECES:
+  // a slot is eight pieces with gaps between them, and eight rows that are multiplied together are one of each.
+  template <int COLUMNS_OF, bool IN_PIECES, class End>
+  __device__ __forceinline__ void few(const IO* A, int rows, int columns, End end) {
+    constexpr int LINE = line_of(COLUMNS_OF);
     const int g = lane / 4, t = lane % 4;
     for (int start = 0; start < rows; start += few_rows(COLUMNS_OF)) {
       const char* const slot = weights.await_slot();
-      const int count = min(few_rows(COLUMNS_OF), rows - start);
-      for (int n = 8 * warp; n < count; n += 8 * WARPS)
-#pragma unroll 1
-        for (int m = 0; m < TILE_ROWS; m += 16) {
-          const char* const a = reinterpret_cast<const char*>(A) + (m + lane % 16) * LINE + lane / 16 * 16;
-          const char* const b = slot + (n + lane % 8) * LINE + lane / 8 * 16;
-          float sums[4] = {}, odd[4] = {};
-          const auto exists = [&](int k) { return k < 2 * COLUMNS_OF - 32 || k < 2 * columns; };  // at most sixteen are missing
+      const int count = min(few_rows(COLUMNS_OF), rows - start), piece = count / 8;
+      for (int eight = warp; eight < piece; eight += WARPS) {
+        const int row = lane % 8, at_row = IN_PIECES ? row * (piece * COLUMNS_OF * 2 + 16) + eight * COLUMNS_OF * 2 : (8 * eight + row) * LINE;
+        const char* const a = reinterpret_cast<const char*>(A) + lane % 16 * LINE + lane / 16 * 16;
+        const char* const b = slot + at_row + lane / 8 * 16;
+        float sums[TILE_ROWS / 16][4] = {}, odd[TILE_ROWS / 16][4] = {};
+        const auto exists = [&](int k) { return k < 2 * COLUMNS_OF - 32 || k < 2 * columns; };  // at most sixteen are missing
 #pragma unroll
-          for (int k = 0; k < 2 * COLUMNS_OF; k += 64) {  // two products
-            const uint4 words = read_matrices(b + k), first = read_matrices(a + k);
-            if (exists(k)) multiply_add<IO>(sums, first, words.x, words.y);
-            if (k + 32 >= 2 * COLUMNS_OF) break;
-            const uint4 second = read_matrices(a + k + 32);
-            if (exists(k + 32)) multiply_add<IO>(odd, second, words.z, words.w);
+        for (int k = 0; k < 2 * COLUMNS_OF; k += 64) {  // two products
+          const uint4 words = read_matrices(b + k);
+#pragma unroll
+          for (int m = 0; m < TILE_ROWS / 16; ++m) {
+            const uint4 first = read_matrices(a + m * 16 * LINE + k);
+            if (exists(k)) multiply_add<IO>(sums[m], first, words.x, words.y);
+            if (k + 32 >= 2 * COLUMNS_OF) continue;
+            const uint4 second = read_matrices(a + m * 16 * LINE + k + 32);
+            if (exists(k + 32)) multiply_add<IO>(odd[m], second, words.z, words.w);
           }
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums[i] += odd[i];
-          end(m + g, start + n + 2 * t, sums[0], sums[1]);
-          end(m + g + 8, start + n + 2 * t, sums[2], sums[3]);
         }
+        const auto row_of = [&](int i) { return start + (IN_PIECES ? i * piece + eight : 8 * eight + i); };
+#pragma unroll
+        for (int m = 0; m < TILE_ROWS / 16; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            end(16 * m + g + 8 * half, row_of(2 * t), row_of(2 * t + 1), sums[m][2 * half] + odd[m][2 * half],
+                sums[m][2 * half + 1] + odd[m][2 * half + 1]);
+      }
       weights.release();
     }
   }
 
   __device__ __forceinline__ void x_proj() {
     float* const to = model.partials + ((int64)at.cluster * at.batch + at.first) * STEERING;
-    few<OWN>(&shared.x[0][0], STEERING, at.own, [&](int r, int row, float first, float second) {
+    few<OWN, false>(&shared.x[0][0], STEERING, at.own, [&](int r, int row, int, float first, float second) {
       if (r < at.rows) *reinterpret_cast<float2*>(to + r * STEERING + row) = float2{first, second};
     });
     __syncwarp();
     if (lane == 0) shared.projected.arrive();
   }
 
-  __device__ __forceinline__ void z() {
-    half_of_in_proj([&](int from) {
-      await_sums(at.rows * PART * 4);
+  // Of the channels of a part, whose sums have been handed out.
+  __device__ __forceinline__ void receive_z(int from) {
+    await_sums(at.rows * PART * 4);
 #pragma unroll 2
-      for (int i = threadIdx.x; i < at.rows * (PART / 2); i += THREADS) {
-        const int r = i / (PART / 2), c = i % (PART / 2) * 2;
-        const Vector<float, 2> sums = sums_at(r, c);
-        *reinterpret_cast<unsigned*>(&shared.z[r][from + c]) = pack<IO>(sums.items[0], sums.items[1]);
-      }
-      free_sums();
-    });
+    for (int i = thread; i < at.rows * (PART / 2); i += THREADS) {
+      const int r = i / (PART / 2), c = i % (PART / 2) * 2;
+      const Vector<float, 2> sums = sums_at(r, c);
+      *reinterpret_cast<unsigned*>(&shared.z[r][from + c]) = pack<IO>(sums.items[0], sums.items[1]);
+    }
+    free_sums();
   }
 
   // A slot of small things that are needed from now on.
@@ -227,13 +249,13 @@ struct Block {
     const float* const others = log_rates + at.own * D_STATE;
 #pragma unroll
     for (int i = 0; i < TURNS; ++i) {
-      const int place = min(i * THREADS + (int)threadIdx.x, at.own * SPREAD - 1);
+      const int place = scanned(i);
       const Vector<float, LANE_STATES> read = ::read<LANE_STATES>(log_rates + place * LANE_STATES);
 #pragma unroll
       for (int s = 0; s < LANE_STATES; ++s) rates[i][s] = -expf(read.items[s]) * LOG2_E;
       skips[i] = others[place / SPREAD];
     }
-    if (threadIdx.x < at.own) shared.biases[threadIdx.x] = others[at.own + threadIdx.x];
+    if (thread < at.own) shared.biases[thread] = others[at.own + thread];
 #pragma unroll
     for (int i = 0; i < COLUMN_TURNS; ++i)
       norm[i] = to_float(reinterpret_cast<const IO*>(others + 2 * at.own)[min(lane + 32 * i, at.columns() - 1)]);
@@ -242,13 +264,20 @@ struct Block {
 
   __device__ __forceinline__ void receive_steering(int l) {
     await_count(model.counts->steering[at.rank], HELPERS * CLUSTERS * (l + 1));
-    constexpr int EACH = STEERING / 8;
-    for (int i = threadIdx.x; i < at.rows * EACH; i += THREADS) {
-      const int r = i / EACH, s = i % EACH * 8;
-      const uint4 words = read_fresh(reinterpret_cast<const uint4*>(model.steering + (int64)(at.first + r) * STEERING + s));
-      if (s < RANK) *reinterpret_cast<uint4*>(&shared.low[r][s]) = words;
+    constexpr int EACH = STEERING / 8, COUNT = (SHARE * EACH + THREADS - 1) / THREADS;
+    uint4 words[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const int place = min(thread + i * THREADS, max(at.rows * EACH - 1, 0));
+      words[i] = read_fresh(reinterpret_cast<const uint4*>(model.steering + (int64)min(at.first, at.batch - 1) * STEERING) + place);
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const int place = thread + i * THREADS, r = place / EACH, s = place % EACH * 8;
+      if (place >= at.rows * EACH) break;
+      if (s < RANK) *reinterpret_cast<uint4*>(&shared.low[r][s]) = words[i];
       else {
-        const unsigned word[4] = {words.x, words.y, words.z, words.w};
+        const unsigned word[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
 #pragma unroll
         for (int j = 0; j < 4; ++j)
           shared.bc[r][s - RANK + 2 * j] = low_float<IO>(word[j]), shared.bc[r][s - RANK + 2 * j + 1] = high_float<IO>(word[j]);
@@ -258,107 +287,136 @@ struct Block {
   }
 
   __device__ __forceinline__ void dt_proj() {
-    few<RANK>(&shared.low[0][0], at.own, RANK, [&](int r, int c, float first, float second) {
+    few<RANK, true>(&shared.low[0][0], at.own, RANK, [&](int r, int c, int d, float first, float second) {
       if (r >= at.rows) return;
       shared.dt[r][c] = from_float<IO>(softplus(first + shared.biases[c]));
-      shared.dt[r][c + 1] = from_float<IO>(softplus(second + shared.biases[c + 1]));
+      shared.dt[r][d] = from_float<IO>(softplus(second + shared.biases[d]));
     });
+  }
+
+  // All that comes before the scan. While other blocks add what steers it, z is multiplied.
+  __device__ __forceinline__ void steer(const Layer& layer, int l) {
+    WarpgroupSums<N> x;
+    product(x);
+    hand_out_part<0>(x);
+    NewStates new_states;
+    if constexpr (ROUNDS > 1) {
+      convolution(l, 0, new_states);
+      hand_out_part<1>(x);
+      write_states(layer, 0, new_states);
+    }
+    convolution(l, OWN - PART, new_states);
+    forget_addresses();
+    x_proj();
+    WarpgroupSums<N> z;
+    product(z);
+    hand_out_part<0>(z);
+    receive_parameters();
+    receive_z(0);
+    if constexpr (ROUNDS > 1) {
+      hand_out_part<1>(z);
+      receive_z(PART);
+    }
+    receive_steering(l);
+    write_states(layer, OWN - PART, new_states);
+    forget_addresses();
+    dt_proj();
     meet();
   }
 
+  // Which four states of a row: of each channel those of four neighbouring lanes. Past the end the last ones.
+  __device__ __forceinline__ int scanned(int i) const { return min(i * 128 + thread % 128, at.own * SPREAD - 1); }
+  __device__ __forceinline__ bool is_scanned(int i) const { return i * 128 + thread % 128 < at.own * SPREAD; }
+
+  // A slot has states of two rows, of which each warpgroup has one.
   __device__ __forceinline__ void scan(const Layer& layer) {
+    const int n = thread % SPREAD * LANE_STATES;
     for (int slot = 0; slot < at.state_slots(); ++slot) {
-      const char* const states = weights.await_slot();
+      const int r = slot * STATE_ROWS + group;
+      const float* const states = reinterpret_cast<const float*>(weights.await_slot()) + group * (at.own * D_STATE);
       // All is read before anything is written, so that nothing has to be in order.
-      Vector<float, LANE_STATES> before[STATE_ROWS][TURNS];
-      float steps[STATE_ROWS][TURNS], us[STATE_ROWS][TURNS], gates[STATE_ROWS][TURNS];
-      const int n = threadIdx.x % SPREAD * LANE_STATES;
+      Vector<float, LANE_STATES> before[TURNS];
 #pragma unroll
-      for (int j = 0; j < STATE_ROWS; ++j)
+      for (int i = 0; i < TURNS; ++i) before[i] = ::read<LANE_STATES>(states + scanned(i) * LANE_STATES);
+      weights.release();
+      if (r >= at.rows) continue;
+      float steps[TURNS], us[TURNS], gates[TURNS];
 #pragma unroll
-        for (int i = 0; i < TURNS; ++i) {
-          const int r = min(slot * STATE_ROWS + j, at.rows - 1), place = min(i * THREADS + (int)threadIdx.x, at.own * SPREAD - 1);
-          const int c = place / SPREAD;
-          before[j][i] = ::read<LANE_STATES>(
-              reinterpret_cast<const float*>(states) + (r - slot * STATE_ROWS) * (at.own * D_STATE) + place * LANE_STATES);
-          steps[j][i] = to_float(shared.dt[r][c]), us[j][i] = to_float(shared.x[r][c]), gates[j][i] = to_float(shared.z[r][c]);
+      for (int i = 0; i < TURNS; ++i) {
+        const int c = scanned(i) / SPREAD;
+        steps[i] = to_float(shared.dt[r][c]), us[i] = to_float(shared.x[r][c]), gates[i] = to_float(shared.z[r][c]);
+      }
+      const Vector<float, LANE_STATES> B = ::read<LANE_STATES>(&shared.bc[r][n]), C = ::read<LANE_STATES>(&shared.bc[r][D_STATE + n]);
+      float* const to = layer.ssm_state + (at.first + r) * model.ssm_batch + (int64)at.channel * D_STATE;
+      float ys[TURNS];
+#pragma unroll
+      for (int i = 0; i < TURNS; ++i) {
+        float h[LANE_STATES], sum = 0.0f;
+#pragma unroll
+        for (int s = 0; s < LANE_STATES; ++s) {
+          h[s] = fmaf(exp2_approx(steps[i] * rates[i][s]), before[i].items[s], steps[i] * us[i] * B.items[s]);
+          sum = fmaf(C.items[s], h[s], sum);
         }
-      float ys[STATE_ROWS][TURNS];
-#pragma unroll
-      for (int j = 0; j < STATE_ROWS; ++j) {
-        const int r = min(slot * STATE_ROWS + j, at.rows - 1);
-        float* const to = layer.ssm_state + (at.first + r) * model.ssm_batch + (int64)at.channel * D_STATE;
-        const Vector<float, LANE_STATES> B = ::read<LANE_STATES>(&shared.bc[r][n]), C = ::read<LANE_STATES>(&shared.bc[r][D_STATE + n]);
-#pragma unroll
-        for (int i = 0; i < TURNS; ++i) {
-          float h[LANE_STATES], sum = 0.0f;
-#pragma unroll
-          for (int s = 0; s < LANE_STATES; ++s) {
-            h[s] = fmaf(exp2_approx(steps[j][i] * rates[i][s]), before[j][i].items[s], steps[j][i] * us[j][i] * B.items[s]);
-            sum = fmaf(C.items[s], h[s], sum);
-          }
-          sum += __shfl_xor_sync(~0u, sum, 2);
-          sum += __shfl_xor_sync(~0u, sum, 1);
-          ys[j][i] = fmaf(skips[i], us[j][i], sum) * gates[j][i] * sigmoid_of(gates[j][i]);
-          const int place = i * THREADS + threadIdx.x;
-          if (place < at.own * SPREAD && slot * STATE_ROWS + j < at.rows) write(to + place * LANE_STATES, h);
-        }
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        ys[i] = fmaf(skips[i], us[i], sum) * gates[i] * sigmoid_of(gates[i]);
+        if (is_scanned(i)) write(to + scanned(i) * LANE_STATES, h);
       }
 #pragma unroll
-      for (int j = 0; j < STATE_ROWS; ++j)
-#pragma unroll
-        for (int i = 0; i < TURNS; ++i) {
-          const int r = slot * STATE_ROWS + j, place = i * THREADS + threadIdx.x;
-          if (n == 0 && place < at.own * SPREAD && r < at.rows) shared.z[r][place / SPREAD] = from_float<IO>(ys[j][i]);
-        }
-      weights.release();
+      for (int i = 0; i < TURNS; ++i)
+        if (n == 0 && is_scanned(i)) shared.z[r][scanned(i) / SPREAD] = from_float<IO>(ys[i]);
     }
     meet();
-    for (int i = threadIdx.x; i < at.rows * (OWN / 8); i += THREADS) {
+    for (int i = thread; i < at.rows * (OWN / 8); i += THREADS) {
       const int r = i / (OWN / 8), c = i % (OWN / 8) * 8;
       if (c >= at.own) continue;
       IO* const to = model.y_memory + (int64)(at.first + r) * CHANNELS + at.channel + c;
       *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&shared.z[r][c]);
     }
     meet();
-    if (threadIdx.x == 0) count_up(model.counts->ys[at.cluster]);
+    if (thread == 0) count_up(model.counts->ys[at.cluster]);
   }
 
-  // A warp has whole rows of what this block has of the stream, to which add(r, m) is added.
+  // A warp has whole rows of what this block has of the stream, to which add(r, m) is added. What does not exist adds what does, so
+  // that all is read at once.
   template <class Add> __device__ __forceinline__ void add_to_stream(Add add) {
+    float squares[ROW_TURNS] = {};
 #pragma unroll
     for (int turn = 0; turn < ROW_TURNS; ++turn) {
-      const int r = warp + turn * WARPS, b = at.first + r;
-      if (r >= at.rows) break;
-      float squares = 0.0f;
+      const int r = row_of(turn);
       const float prior = shared.prior[r];
 #pragma unroll
       for (int i = 0; i < COLUMN_TURNS; ++i) {
-        const int m = lane + 32 * i;
-        if (m >= at.columns()) break;
+        const int m = min(lane + 32 * i, at.columns() - 1);
         const float sum = stream[turn][i] + add(r, m);
         stream[turn][i] = sum;
-        squares = fmaf(sum, sum, squares);
-        model.x_memory[(int64)b * WIDTH + at.column() + m] = from_float<IO>(sum * prior * norm[i]);
-      }
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
-      if (lane == 0) {
-        model.squares[b * 32 + at.cluster] = squares;
-        if (at.cluster == 0) model.priors[b] = prior;
+        if (!is_mine(turn) || lane + 32 * i >= at.columns()) continue;
+        squares[turn] = fmaf(sum, sum, squares[turn]);
+        model.x_memory[(int64)(at.first + r) * WIDTH + at.column() + m] = from_float<IO>(sum * prior * norm[i]);
       }
     }
+#pragma unroll
+    for (int turn = 0; turn < ROW_TURNS; ++turn) {
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) squares[turn] += __shfl_xor_sync(~0u, squares[turn], offset);
+      if (lane > 0 || !is_mine(turn)) continue;
+      const int b = at.first + row_of(turn);
+      model.squares[b * 32 + at.cluster] = squares[turn];
+      if (at.cluster == 0) model.priors[b] = shared.prior[row_of(turn)];
+    }
     meet();
-    if (threadIdx.x == 0) count_up(model.counts->streams[at.cluster]);
+    if (thread == 0) count_up(model.counts->streams[at.cluster]);
   }
+  __device__ __forceinline__ bool is_mine(int turn) const { return warp + turn * WARPS < at.rows; }
+  __device__ __forceinline__ int row_of(int turn) const { return is_mine(turn) ? warp + turn * WARPS : 0; }
 
   __device__ __forceinline__ void embed() {
-    if (threadIdx.x < at.rows) shared.prior[threadIdx.x] = 1.0f;
+    if (thread < at.rows) shared.prior[thread] = 1.0f;
     meet();
 #pragma unroll
     for (int i = 0; i < COLUMN_TURNS; ++i) norm[i] = to_float(model.layers[0].norm[at.column() + min(lane + 32 * i, at.columns() - 1)]);
     add_to_stream([&](int r, int m) {
-      const int64 token = model.tokens[at.first + r];
+      const int64 token = model.tokens[min(at.first + r, at.batch - 1)];
       if (token < 0 || token >= model.vocab) __trap();  // as PyTorch's own lookup does
       return to_float(model.embedding[token * WIDTH + at.column() + m]);
     });
@@ -382,7 +440,7 @@ struct Block {
     }
     if (TILES > 1) sums[0].add(sums[TILES - 1]);
     hand_out<0, COLUMNS>(sums[0], TILES > 1 ? at.rank : 2 * at.rank + group, HALF_PITCH, 0);
-    if (threadIdx.x < at.rows) shared.prior[threadIdx.x] = shared.scales[threadIdx.x];
+    if (thread < at.rows) shared.prior[thread] = shared.scales[thread];
     meet();
     await_sums(at.rows * COLUMNS * 4 * (SOURCES / CLUSTER));
     add_to_stream([&](int r, int m) {
@@ -437,26 +495,25 @@ decode_rows(const __grid_constant__ Model model) {
   __syncthreads();
   cluster_arrive(), cluster_wait();
   const Place at(model);
+  // Together no more registers than the block was launched with, 168 a thread, or those that ask for more wait for ever.
   if (threadIdx.x >= THREADS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
     const int warp = threadIdx.x / 32 - WARPS;
     if (warp == 0) send_weights({memory, shared.weights}, model, at);
     else if (warp == 1) send_x({x_memory, shared.xs}, model, at);
     else help(shared, model, at, warp - 2);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
     Block block{model, shared, at, {memory, shared.weights}, {x_memory, shared.xs}};
     block.embed();
 #pragma unroll 1
     for (int l = 0; l < LAYERS; ++l) {
       const Layer& layer = model.layers[l];
-      block.in_proj_and_convolution(layer, l);
-      block.x_proj();
-      block.z();
-      block.receive_parameters();
-      block.receive_steering(l);
-      block.dt_proj();
+      block.forget_addresses();
+      block.steer(layer, l);
+      block.forget_addresses();
       block.scan(layer);
+      block.forget_addresses();
       block.out_proj();
     }
     block.head();

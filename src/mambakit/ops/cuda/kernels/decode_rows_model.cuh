@@ -19,7 +19,11 @@ constexpr int STEERING = RANK + 2 * D_STATE;
 constexpr int LANE_STATES = 4, SPREAD = D_STATE / LANE_STATES;  // states of a lane of the scan, and lanes that share a channel
 constexpr int PAST = TAPS - 1;
 constexpr int STATE_ROWS = SLOT / (OWN * D_STATE * 4);  // of the batch, in a slot
-static_assert(STATE_ROWS >= 1 && SPREAD == 4 && CHANNELS == 2 * WIDTH && RANK % 16 == 0 && CLUSTERS <= 32);
+static_assert(STATE_ROWS == 2 && SPREAD == 4 && CHANNELS == 2 * WIDTH && RANK % 16 == 0 && CLUSTERS <= 32);
+
+// Bytes of a row of a small matrix in a slot, with a gap that keeps eight of them in different banks, and how many rows there are.
+__device__ constexpr int line_of(int columns) { return columns * 2 + 16; }
+__device__ constexpr int few_rows(int columns) { return SLOT / line_of(columns) / 8 * 8; }
 
 // Sums of in_proj are exchanged for PART channels at a time: half of them where there are many rows, or there would be no room.
 constexpr int ROUNDS = TILES, PART = OWN / ROUNDS;
@@ -30,17 +34,19 @@ constexpr int SUMS = SHARE * (CLUSTER * PITCH > SOURCES * HALF_PITCH ? CLUSTER *
 static_assert(PART * (SHARE * PAST + TAPS + 1) * 2 <= SLOT);
 
 struct Layer {
-  const IO *norm, *conv, *conv_bias, *x_proj, *dt_proj;
+  const IO *norm, *conv, *conv_bias, *dt_proj;
   const float *dt_bias, *A_log, *D;
   IO* conv_state;     // (B, D, W - 1)
   float* ssm_state;   // (B, D, N), contiguous in D and N
 };
 
+constexpr int BOXES = WIDTH / CLUSTER / BOX;  // of in_proj, along k
+
 // How often blocks have written: those of each cluster, those of the same rank in all clusters, and their helpers.
 struct Counts { Count streams[32], partials[32], steering[32], ys[32]; };
 
 struct Model {
-  TensorMap in_proj[LAYERS], out_proj[LAYERS], head, x, y;  // boxes of 16, 8, 16, BATCH and BATCH rows
+  TensorMap in_proj[LAYERS], out_proj[LAYERS], x_proj[LAYERS], head, x, y;  // boxes of 16, 8, few_rows(OWN), 16, BATCH and BATCH rows
   Layer layers[LAYERS];
   const TOKEN* tokens;
   const IO *embedding, *norm_f;
@@ -93,6 +99,3 @@ struct Place {
   __device__ __forceinline__ int columns() const { return own / 2; }
   __device__ __forceinline__ int state_slots() const { return (rows + STATE_ROWS - 1) / STATE_ROWS; }
 };
-
-// Rows of a small matrix in a slot, each with a gap behind it that keeps eight of them in different banks.
-__device__ constexpr int few_rows(int columns) { return SLOT / (columns * 2 + 16) / 8 * 8; }

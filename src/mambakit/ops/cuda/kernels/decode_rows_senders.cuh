@@ -11,21 +11,10 @@ __device__ __forceinline__ void send_weights(Sender<SLOTS, SLOT, IN_FLIGHT * SLO
     const Layer& layer = model.layers[l];
     const auto half_of_in_proj = [&](int row) {
 #pragma unroll 1
-      for (int i = 0; i < WIDTH / CLUSTER / BOX; ++i)
+      for (int i = 0; i < BOXES; ++i)
         ring.send(at.own * 128, [&](BlockBarrier& full, char* to) {
           if (lane < at.own / 16) full.copy_box(to + lane * 16 * 128, model.in_proj[l], k + i * BOX, row + lane * 16);
         });
-    };
-    const auto few = [&](const IO* from, int rows, int most_columns, int columns, int stride) {
-#pragma unroll 1
-      for (int first = 0; first < rows; first += few_rows(most_columns)) {
-        const int count = min(few_rows(most_columns), rows - first);
-        ring.send(count * columns * 2, [&](BlockBarrier& full, char* to) {
-#pragma unroll 1
-          for (int row = lane; row < count; row += 32)
-            full.copy(to + row * (most_columns * 2 + 16), from + (int64)(first + row) * stride, columns * 2);
-        });
-      }
     };
     half_of_in_proj(at.channel);
     for (int from = 0; from < OWN; from += PART) {  // states, taps and offsets of the convolution
@@ -40,7 +29,11 @@ __device__ __forceinline__ void send_weights(Sender<SLOTS, SLOT, IN_FLIGHT * SLO
         if (lane == 1) full.copy(to + count * TAPS * 2, layer.conv_bias + at.channel + from, count * 2);
       });
     }
-    few(layer.x_proj + at.channel, STEERING, OWN, at.own, CHANNELS);
+#pragma unroll 1
+    for (int first = 0; first < STEERING; first += few_rows(OWN))
+      ring.send(few_rows(OWN) * line_of(OWN), [&](BlockBarrier& full, char* to) {
+        if (lane == 0) full.copy_box(to, model.x_proj[l], at.channel, first);
+      });
     half_of_in_proj(CHANNELS + at.channel);
     ring.send(at.own * ((D_STATE + 2) * 4 + 1), [&](BlockBarrier& full, char* to) {
       const IO* const norm = l + 1 < LAYERS ? model.layers[l + 1].norm : model.norm_f;
@@ -49,7 +42,13 @@ __device__ __forceinline__ void send_weights(Sender<SLOTS, SLOT, IN_FLIGHT * SLO
       if (lane == 2) full.copy(to + at.own * (D_STATE + 1) * 4, layer.dt_bias + at.channel, at.own * 4);
       if (lane == 3) full.copy(to + at.own * (D_STATE + 2) * 4, norm + at.column(), at.own);
     });
-    few(layer.dt_proj + (int64)at.channel * RANK, at.own, RANK, RANK, RANK);
+#pragma unroll 1
+    for (int first = 0; first < at.own; first += few_rows(RANK)) {  // in eight pieces: a copy of each row would take too long
+      const int count = min(few_rows(RANK), at.own - first), piece = count / 8 * RANK * 2;
+      ring.send(8 * piece, [&](BlockBarrier& full, char* to) {
+        if (lane < 8) full.copy(to + lane * (piece + 16), layer.dt_proj + (int64)(at.channel + first + lane * (count / 8)) * RANK, piece);
+      });
+    }
 #pragma unroll 1
     for (int i = 0; i < at.state_slots(); ++i) {
       const int count = min(STATE_ROWS, at.rows - i * STATE_ROWS);
@@ -113,25 +112,24 @@ __device__ __forceinline__ void send_x(Sender<X_SLOTS, X_SLOT, X_SLOTS * X_SLOT>
   for (int first = 0; first < at.head_count; first += OWN) send(model.x, 0, WIDTH / BOX);
 }
 
-// Scales of the norm, of `rows` rows from `first` on: a warp, a lane a cluster's part of the sum of squares.
+// Scales of the norm, of `rows` rows from `first` on: a warp, a lane a row. All parts of its sum of squares are read at once, since
+// each read waits behind what is on its way to the block.
 __device__ __forceinline__ void find_scales(Shared& shared, const Model& model, int l, int first, int rows) {
   const int lane = threadIdx.x % 32;
-  for (int start = 0; start < rows; start += 8) {
-    float parts[8];
+  for (int r = lane; r < rows; r += 32) {
+    uint4 parts[(CLUSTERS + 3) / 4];
+    const uint4* const from = reinterpret_cast<const uint4*>(model.squares + (first + r) * 32);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const bool exists = start + i < rows && lane < CLUSTERS;
-      parts[i] = exists ? read_fresh(model.squares + (first + start + i) * 32 + lane) : 0.0f;
+    for (int i = 0; i < (CLUSTERS + 3) / 4; ++i) parts[i] = read_fresh(from + i);
+    const float prior = l < LAYERS ? shared.prior[r] : read_fresh(model.priors + r);
+    float sum = 0.0f;
+#pragma unroll
+    for (int c = 0; c < CLUSTERS; ++c) {
+      const uint4& four = parts[c / 4];
+      sum += __uint_as_float(c % 4 == 0 ? four.x : c % 4 == 1 ? four.y : c % 4 == 2 ? four.z : four.w);
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) parts[i] += __shfl_xor_sync(~0u, parts[i], offset);
-      if (lane > 0 || start + i >= rows) continue;
-      const float scale = 1.0f / sqrtf(parts[i] / WIDTH + (float)model.eps[l]);
-      shared.scales[start + i] = scale;
-      shared.factors[start + i] = scale / (l < LAYERS ? shared.prior[start + i] : read_fresh(model.priors + start + i));
-    }
+    const float scale = 1.0f / sqrtf(sum / WIDTH + (float)model.eps[l]);
+    shared.scales[r] = scale, shared.factors[r] = scale / prior;
   }
   __syncwarp();
   if (lane == 0) shared.scaled.arrive();
@@ -140,8 +138,8 @@ __device__ __forceinline__ void find_scales(Shared& shared, const Model& model, 
 // Warps that do what nobody should wait for: scales, and sums over all clusters of what steers the scan.
 __device__ __forceinline__ void help(Shared& shared, const Model& model, const Place& at, int helper) {
   const int lane = threadIdx.x % 32;
-  const int all = at.rows * STEERING, mine = HELPERS * at.cluster + helper;
-  const int begin = all * mine / (HELPERS * CLUSTERS), end = all * (mine + 1) / (HELPERS * CLUSTERS);
+  const int pairs = at.rows * (STEERING / 2), mine = HELPERS * at.cluster + helper;
+  const int begin = pairs * mine / (HELPERS * CLUSTERS), end = pairs * (mine + 1) / (HELPERS * CLUSTERS);
   const int64 start = (int64)at.first * STEERING;
 #pragma unroll 1
   for (int l = 0; l <= LAYERS; ++l) {
@@ -157,18 +155,14 @@ __device__ __forceinline__ void help(Shared& shared, const Model& model, const P
     }
     await_count(model.counts->partials[at.rank], CLUSTERS * (l + 1));
 #pragma unroll 1
-    for (int i = begin + lane; i < end; i += 32) {
-      float sum = 0.0f;
-      const float* from = model.partials + start + i;
-#pragma unroll 1
-      for (int c0 = 0; c0 < CLUSTERS; c0 += 16) {
-        float parts[16];
+    for (int i = begin + lane; i < end; i += 32) {  // all parts of a pair are read at once, since each read waits behind what is on its way
+      float2 parts[CLUSTERS], sum = {};
 #pragma unroll
-        for (int c = 0; c < 16; ++c, from += at.batch * STEERING) parts[c] = c0 + c < CLUSTERS ? read_fresh(from) : 0.0f;
+      for (int c = 0; c < CLUSTERS; ++c)
+        parts[c] = read_fresh(reinterpret_cast<const float2*>(model.partials + (int64)c * at.batch * STEERING + start) + i);
 #pragma unroll
-        for (int c = 0; c < 16; ++c) sum += parts[c];
-      }
-      model.steering[start + i] = from_float<IO>(sum);
+      for (int c = 0; c < CLUSTERS; ++c) sum.x += parts[c].x, sum.y += parts[c].y;
+      reinterpret_cast<unsigned*>(model.steering + start)[i] = pack<IO>(sum.x, sum.y);
     }
     __syncwarp();
     if (lane == 0) count_up(model.counts->steering[at.rank]);

@@ -48,6 +48,7 @@ template <int COUNT, int BYTES, int FLYING> struct Sender : Ring<COUNT, BYTES> {
       in_flight -= barriers.bytes[oldest.slot];
       oldest.advance();
     }
+    __syncwarp();  // all lanes have read the bytes of a slot that is sent anew
     if (threadIdx.x % 32 == 0) barriers.full[slot].arrive_for(bytes), barriers.bytes[slot] = bytes;
     __syncwarp();
     do_copy(barriers.full[slot], this->memory + slot * BYTES);
