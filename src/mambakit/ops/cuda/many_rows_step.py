@@ -22,7 +22,7 @@ from mambakit.ops.model_layer import Layer
 FEWEST_ROWS, MOST_ROWS = 9, 128
 """Of the batch."""
 
-LEAST_WIDTH = 1024
+LEAST_WIDTH = 768
 """Of the stream, for which the step is faster than by the kernels of `model_step` (docs/lab-notes.md)."""
 
 MOST_LAYERS = 69

@@ -112,9 +112,9 @@ def test_so_is_float32() -> None:
 
 
 def test_so_are_narrow_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not is_suitable(make_layer(width=768))
-    monkeypatch.setattr(many_rows_step, "LEAST_WIDTH", 768)
-    assert is_suitable(make_layer(width=768))
+    assert not is_suitable(make_layer(width=512))
+    monkeypatch.setattr(many_rows_step, "LEAST_WIDTH", 512)
+    assert is_suitable(make_layer(width=512))
 
 
 @pytest.mark.parametrize(("name", "value"), [("has_room", False), ("clusters", 0)])
