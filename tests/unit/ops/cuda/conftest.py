@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 
 from mambakit.errors import BackendError
 from mambakit.ops.cuda import compiler
+
+sys.path.insert(0, str(Path(__file__).parent))  # zero_layers.py beside this file
 
 
 def has_nvrtc() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from zero_layers import zero_layer
 
 from mambakit.ops.cuda import many_rows_step
 from mambakit.ops.cuda.many_rows_step import Layout, plan, suitable, tile_of
@@ -64,25 +65,7 @@ def test_shapes_that_are_left_to_other_kernels(shape: Shape, clusters: int) -> N
 
 
 def make_layer(dtype: torch.dtype = torch.bfloat16, width: int = 1024, batch: int = 9) -> Layer:
-    channels, rank, states = 2 * width, width // 16, 16
-
-    def half(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    return Layer(
-        norm=half(width),
-        in_proj=half(2 * channels, width),
-        conv=half(channels, 1, 4),
-        conv_bias=half(channels),
-        x_proj=half(rank + 2 * states, channels),
-        dt_proj=half(channels, rank),
-        dt_bias=torch.zeros(channels),
-        A_log=torch.zeros(channels, states),
-        D=torch.zeros(channels),
-        out_proj=half(width, channels),
-        conv_state=half(batch, channels, 3),
-        ssm_state=torch.zeros(batch, channels, states),
-    )
+    return zero_layer(dtype, width, batch)
 
 
 @pytest.fixture(autouse=True)

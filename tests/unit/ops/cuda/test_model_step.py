@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from zero_layers import zero_layer
 
 from mambakit.ops.cuda.model_step import suitable
 from mambakit.ops.model_layer import Layer
@@ -12,23 +13,7 @@ BATCH, D_MODEL, D_INNER, RANK = 2, 24, 48, 2
 
 
 def make_layer(dtype: torch.dtype = torch.bfloat16, d_state: int = 16) -> Layer:
-    def half(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    return Layer(
-        norm=half(D_MODEL),
-        in_proj=half(2 * D_INNER, D_MODEL),
-        conv=half(D_INNER, 1, 4),
-        conv_bias=half(D_INNER),
-        x_proj=half(RANK + 2 * d_state, D_INNER),
-        dt_proj=half(D_INNER, RANK),
-        dt_bias=torch.zeros(D_INNER),
-        A_log=torch.zeros(D_INNER, d_state),
-        D=torch.zeros(D_INNER),
-        out_proj=half(D_MODEL, D_INNER),
-        conv_state=half(BATCH, D_INNER, 3),
-        ssm_state=torch.zeros(BATCH, D_INNER, d_state),
-    )
+    return zero_layer(dtype, D_MODEL, BATCH, RANK, d_state)
 
 
 def is_suitable(layer: Layer, **others: torch.Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from zero_layers import zero_layer
 
 from mambakit.ops.cuda import one_kernel_step
 from mambakit.ops.cuda.one_kernel_step import SHARED, Layout, Shape, plan, suitable
@@ -61,25 +62,7 @@ def test_shapes_that_are_left_to_other_kernels(shape: Shape, blocks: int) -> Non
 
 
 def make_layer(dtype: torch.dtype = torch.bfloat16, width: int = 256, batch: int = 2) -> Layer:
-    channels, rank, states = 2 * width, width // 16, 16
-
-    def half(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    return Layer(
-        norm=half(width),
-        in_proj=half(2 * channels, width),
-        conv=half(channels, 1, 4),
-        conv_bias=half(channels),
-        x_proj=half(rank + 2 * states, channels),
-        dt_proj=half(channels, rank),
-        dt_bias=torch.zeros(channels),
-        A_log=torch.zeros(channels, states),
-        D=torch.zeros(channels),
-        out_proj=half(width, channels),
-        conv_state=half(batch, channels, 3),
-        ssm_state=torch.zeros(batch, channels, states),
-    )
+    return zero_layer(dtype, width, batch)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from zero_layers import zero_layer
 
 from mambakit.ops.cuda import step_products, tensor_core_products
 from mambakit.ops.cuda.step_products import are_for_tensor_cores, product
@@ -89,23 +90,7 @@ def test_the_launch_number_by_number() -> None:
 
 
 def make_layer(rank: int, d_state: int = 16, dtype: torch.dtype = torch.bfloat16) -> Layer:
-    def half(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    return Layer(
-        norm=half(24),
-        in_proj=half(96, 24),
-        conv=half(48, 1, 4),
-        conv_bias=half(48),
-        x_proj=half(rank + 2 * d_state, 48),
-        dt_proj=half(48, rank),
-        dt_bias=torch.zeros(48),
-        A_log=torch.zeros(48, d_state),
-        D=torch.zeros(48),
-        out_proj=half(24, 48),
-        conv_state=half(64, 48, 3),
-        ssm_state=torch.zeros(64, 48, d_state),
-    )
+    return zero_layer(dtype, 24, 64, rank, d_state)
 
 
 def test_a_layer_with_products_for_tensor_cores() -> None:

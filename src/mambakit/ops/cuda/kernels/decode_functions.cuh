@@ -1,22 +1,5 @@
-// Functions of one number in a step of the scan. Half precision rounds more than the special function unit does; float32 does
-// not.
+// Functions of one number in a step of the scan; as in softplus.cuh.
 #pragma once
-#include "numbers.cuh"
+#include "softplus.cuh"
 
-__device__ __forceinline__ float exponential(float x) { return sizeof(IO) == 4 ? expf(x) : exp2_approx(x * LOG2_E); }
 __device__ __forceinline__ float sigmoid_of(float x) { return sizeof(IO) == 2 ? sigmoid(x) : 1.0f / (1.0f + expf(-x)); }
-
-// max(v, 0) + log(1 + e),  e = exp(-|v|).  log(1 + e) is e times a minimax polynomial, with 3e-8 of the result: see selective_scan.cuh.
-__device__ __forceinline__ float softplus(float v) {
-  const float e = exponential(-fabsf(v));
-  float p = 0.0053648246f;
-  p = fmaf(p, e, -0.030065794f);
-  p = fmaf(p, e, 0.079204537f);
-  p = fmaf(p, e, -0.13753803f);
-  p = fmaf(p, e, 0.19153655f);
-  p = fmaf(p, e, -0.24857163f);
-  p = fmaf(p, e, 0.33321324f);
-  p = fmaf(p, e, -0.49999648f);
-  p = fmaf(p, e, 1.0f);
-  return fmaf(p, e, fmaxf(v, 0.0f));
-}

@@ -19,7 +19,7 @@
 //     ALIGNED                 whether a lane's channels can be read and written as one vector
 //     SHARED_BYTES            what the launch gives of shared memory
 #pragma once
-#include "numbers.cuh"
+#include "softplus.cuh"
 
 constexpr int SLOTS = 32 / SPREAD;
 constexpr int PADDED = SPREAD * STATES;
@@ -41,8 +41,7 @@ template <class T> FORCE_INLINE T opaque(T v) {
 // up to more than all other errors; this much in x puts it right.
 constexpr float ROUNDING = 2.5e-8f;
 
-// Functions of one number a step. Half precision rounds more than the special function unit does; float32 does not.
-FORCE_INLINE float exponential(float x) { return sizeof(IO) == 4 ? expf(x) : exp2_approx(x * LOG2_E); }
+// More functions of one number a step; as in softplus.cuh.
 FORCE_INLINE float inverse(float x) { return sizeof(IO) == 4 ? 1.0f / x : reciprocal_approx(x); }
 FORCE_INLINE float logistic(float x) { return inverse(1.0f + exponential(-x)); }
 
@@ -209,22 +208,6 @@ FORCE_INLINE Place place(int64 groups, int64 width) {
   p.count = left >= CHANNELS ? CHANNELS : left > 0 ? (int)left : 0;
   p.channel = p.group * width + within;
   return p;
-}
-
-// softplus(v) = max(v, 0) + log(1 + e),  e = exp(-|v|).  log(1 + e) is e times a minimax polynomial, with 3e-8 of the result: its
-// error is relative for every v; log2(1 + e) would lose a small e, and a quotient would need another special function.
-FORCE_INLINE float softplus(float v) {
-  const float e = exponential(-fabsf(v));
-  float p = 0.0053648246f;
-  p = fmaf(p, e, -0.030065794f);
-  p = fmaf(p, e, 0.079204537f);
-  p = fmaf(p, e, -0.13753803f);
-  p = fmaf(p, e, 0.19153655f);
-  p = fmaf(p, e, -0.24857163f);
-  p = fmaf(p, e, 0.33321324f);
-  p = fmaf(p, e, -0.49999648f);
-  p = fmaf(p, e, 1.0f);
-  return fmaf(p, e, fmaxf(v, 0.0f));
 }
 
 // The time step of a lane's channel from its raw value; steps past the end are identities: dt = 0. A product, since a choice
