@@ -11,12 +11,14 @@ import torch
 from examples import OPS, STEPS, call, on
 
 from mambakit.models import MambaConfig, MambaLanguageModel
-from mambakit.ops.cuda import selective_scan
+from mambakit.ops.cuda import causal_conv1d_linear, selective_scan
 
 
 def main(name: str) -> None:
     if name == "model_step":
         decode()
+    elif name == "causal_conv1d_linear":
+        convolve_and_multiply()
     else:
         run_op(name)
     torch.cuda.synchronize()
@@ -31,6 +33,17 @@ def decode() -> None:
             model = model.to("cuda", dtype)
             for batch in (1, 3, 8, 9, 33, 100):
                 model.step(torch.arange(batch, device="cuda"), model.initial_state(batch))
+
+
+def convolve_and_multiply() -> None:
+    """In one kernel, with blocks of one tile and of two."""
+    for tiles, columns in ((1, 22), (2, 160)):
+        causal_conv1d_linear.WORTH = {tiles: 0}
+        x, state = (torch.randn(2, 150, 192).bfloat16().cuda(), torch.randn(2, 192, 3).bfloat16().cuda())
+        weight, bias = torch.randn(192, 4).cuda(), torch.randn(192).cuda()
+        matrix = torch.randn(columns, 192).bfloat16().cuda()
+        if causal_conv1d_linear.suitable(x, 4, columns):
+            causal_conv1d_linear.causal_conv1d_linear(x, weight, bias, "silu", state, matrix)
 
 
 def run_op(name: str) -> None:

@@ -25,7 +25,7 @@ def sanitizer() -> str:
     return found
 
 
-@pytest.mark.parametrize("name", [*OPS, *STEPS, "model_step"])
+@pytest.mark.parametrize("name", [*OPS, *STEPS, "causal_conv1d_linear", "model_step"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_clean(sanitizer: str, tool: str, name: str) -> None:
     # Libraries ask the driver for functions that it may not have; what they are told is no error of ours.

@@ -10,11 +10,17 @@ from torch import Tensor, nn
 
 from mambakit.nn.conv import CausalConv1d, convolve
 from mambakit.nn.initial import a_imag_init, a_log_init, b_init, c_init, dt_bias_init
-from mambakit.nn.joined_gradients import joins_gradients, linear_beside, linear_in_halves
+from mambakit.nn.joined_gradients import (
+    factor_for,
+    joins_gradients,
+    linear_beside,
+    linear_in_halves,
+)
 from mambakit.nn.linear import DtProjection, Linear, project_to
 from mambakit.nn.recomputation import Recomputation, is_plain
 from mambakit.nn.state import MixerState
 from mambakit.ops import rms_norm, selective_scan, selective_scan_step
+from mambakit.ops.causal_conv1d_linear import causal_conv1d_linear, fuses
 
 RECOMPUTES_ON = ("cuda",)
 """Devices where x and dt are made again in the backward. A CPU has memory, and would take 5 % more time."""
@@ -129,12 +135,11 @@ class MambaMixer(nn.Module):
         wanted = self.recomputes and hidden.device.type in RECOMPUTES_ON
         with Recomputation(wanted=wanted) as again:
             inputs = (x, old_conv_state, seq_idx)
-            x, conv_state = self.conv1d(*inputs)
+            x, conv_state, factor, projected = self._convolve(*inputs)
             if is_plain(self.conv1d, CausalConv1d):
                 again.instead_of(x, convolve, self.conv1d.weight, self.conv1d.bias, *inputs)
-            projected = None
             if joins and self.x_proj is not None and is_plain(self.x_proj, Linear):
-                x, projected = linear_beside(x, self.x_proj.weight)
+                x, projected = linear_beside(x, self.x_proj.weight, factor, projected)
             dt, B, C = self._steering(x, projected, again)
             A, dt_bias = self._decay(), self._dt_bias()
             y, ssm_state = selective_scan(
@@ -163,6 +168,21 @@ class MambaMixer(nn.Module):
             torch.zeros(batch, self.d_inner, inputs, device=device, dtype=dtype),
             torch.zeros(batch, *A.shape, device=device, dtype=A.dtype),
         )
+
+    def _convolve(
+        self, x: Tensor, state: Tensor | None, seq_idx: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What the convolution makes of x, and its state; where one kernel multiplies as well, x_proj's factor and product."""
+        convolution, x_proj = self.conv1d, self.x_proj
+        if x_proj is not None and is_plain(x_proj, Linear) and is_plain(convolution, CausalConv1d):
+            filters = convolution.weight.squeeze(1)
+            if fuses(x, filters, x_proj.out_features, seq_idx):
+                factor = factor_for(x_proj.weight, x)
+                found = causal_conv1d_linear(
+                    x, filters, factor, convolution.bias, "silu", initial_state=state
+                )
+                return (*found[:2], factor, found[2])
+        return (*convolution(x, state, seq_idx), None, None)
 
     def _steering(
         self, x: Tensor, projected: Tensor | None = None, again: Recomputation | None = None

@@ -58,15 +58,7 @@ def causal_conv1d(
         >>> y.flatten(), state.flatten()
         (tensor([ 1., 12., 23.]), tensor([3.]))
     """
-    check_rank("x", x, 3, "(B, L, D)")
-    batch, seqlen, channels = x.shape
-    width = _check_filter(x, weight, bias, activation)
-    state_shape = (batch, channels, width - 1)
-    check_shape("initial_state", initial_state, state_shape, letters="(B, D, W-1)")
-    check_shape("seq_idx", seq_idx, (batch, seqlen), letters="(B, L)")
-    check_float(initial_state=initial_state)
-    check_integer(seq_idx=seq_idx)
-    check_device(x, initial_state=initial_state, seq_idx=seq_idx)
+    check_sequence(x, weight, bias, activation, initial_state, seq_idx)
     run = implementation("causal_conv1d", backend, x.device, x.dtype)
     y, state = run(x, weight, bias, activation, initial_state, seq_idx)
     return y, state
@@ -116,6 +108,26 @@ def causal_conv1d_step(
     run = implementation("causal_conv1d_step", backend, x.device, x.dtype)
     y: Tensor = run(conv_state, x, weight, bias, activation)
     return y
+
+
+def check_sequence(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> None:
+    """Check the arguments of `causal_conv1d`."""
+    check_rank("x", x, 3, "(B, L, D)")
+    batch, seqlen, channels = x.shape
+    width = _check_filter(x, weight, bias, activation)
+    state_shape = (batch, channels, width - 1)
+    check_shape("initial_state", initial_state, state_shape, letters="(B, D, W-1)")
+    check_shape("seq_idx", seq_idx, (batch, seqlen), letters="(B, L)")
+    check_float(initial_state=initial_state)
+    check_integer(seq_idx=seq_idx)
+    check_device(x, initial_state=initial_state, seq_idx=seq_idx)
 
 
 def _check_filter(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> int:

@@ -66,7 +66,7 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Call it; all arguments by position."""
-        if _is_observed(args):
+        if is_observed(args):
             return self.overload(*args)
         if torch.is_grad_enabled() and not self._mutated and _needs_gradient(args):
             return self._node.apply(*args)
@@ -78,7 +78,8 @@ class Operator:
         return self._function(*args)
 
 
-def _is_observed(args: tuple[Any, ...]) -> bool:
+def is_observed(args: Sequence[Any]) -> bool:
+    """Whether somebody looks at what is done with these arguments, so that an operator has to be seen."""
     if torch.compiler.is_compiling():
         return True
     # There is no public way to ask for modes and transforms that are in force.

@@ -12,6 +12,7 @@ from types import ModuleType
 FILES = {
     "add_rms_norm": "rms_norm",
     "causal_conv1d": "causal_conv1d",
+    "causal_conv1d_linear": "causal_conv1d_linear",
     "causal_conv1d_step": "causal_conv1d",
     "linear_cross_entropy": "cross_entropy",
     "model_step": "model_step",

@@ -66,14 +66,17 @@ class Kernel:
         config = _config(grid, block, shared, overlaps and _can_overlap(self._index))
         self._launch(stream, config, self._function, *map(_argument, args))
 
-    def together(self, grid: int, block: int, parameters: bytes, *, shared: int) -> None:
-        """Launch a kernel whose blocks wait for one another: none begins before there is room for all.
+    def with_struct(
+        self, grid: int, block: int, parameters: bytes, *, shared: int, together: bool = False
+    ) -> None:
+        """Launch a kernel that takes one struct.
 
         Args:
-            grid: Blocks, no more than fit on the device.
+            grid: Blocks.
             block: Threads in a block.
-            parameters: Of a kernel that takes one struct, the bytes of it.
+            parameters: The bytes of the struct.
             shared: Bytes of dynamic shared memory.
+            together: None of the blocks, which wait for one another, begins before there is room for all.
         """
         from cuda.bindings import driver
 
@@ -84,7 +87,7 @@ class Kernel:
                 self._allow(shared)
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-            attribute.value.cooperative = 1
+            attribute.value.cooperative = int(together)
             config = driver.CUlaunchConfig()
             config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
             config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1

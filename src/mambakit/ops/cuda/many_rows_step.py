@@ -17,6 +17,7 @@ from torch import Tensor
 from mambakit.ops.cuda.arrays import TYPES, Variants
 from mambakit.ops.cuda.compiler import kernel
 from mambakit.ops.cuda.one_kernel_step import SHARED, Shape, has_room, shape_of
+from mambakit.ops.cuda.tensor_maps import SWIZZLED, tensor_map
 from mambakit.ops.model_layer import Layer
 
 FEWEST_ROWS, MOST_ROWS = 9, 128
@@ -42,9 +43,6 @@ IN_FLIGHT = 2
 
 MOST_SLOTS = 32
 """Of the ring; more would not be used."""
-
-BOX = 64
-"""Numbers of a row that come together in a box: the 128 bytes of a swizzle."""
 
 MOST_OWN = 176
 """Channels of a cluster; see kernels/warpgroup_sums.cuh."""
@@ -135,10 +133,11 @@ def step(
     assert layout is not None
     logits = head.new_empty(batch, vocab)
     x, y, *others = _exchanged(batch, shape, count, head)
-    maps = [tensor_map(layer.in_proj, 16) for layer in layers]
-    maps += [tensor_map(layer.out_proj, 8) for layer in layers]
-    maps += [steering_map(layer.x_proj, _own(shape, count)) for layer in layers]
-    maps += [tensor_map(head, 16), *(tensor_map(tensor, tile_of(batch)) for tensor in (x, y))]
+    maps = [tensor_map(layer.in_proj, 16, SWIZZLED) for layer in layers]
+    maps += [tensor_map(layer.out_proj, 8, SWIZZLED) for layer in layers]
+    maps += [_steering_map(layer.x_proj, _own(shape, count)) for layer in layers]
+    maps += [tensor_map(head, 16, SWIZZLED)]
+    maps += [tensor_map(tensor, tile_of(batch), SWIZZLED) for tensor in (x, y)]
     addresses = [
         tensor.data_ptr()
         for layer in layers
@@ -155,7 +154,7 @@ def step(
     token = "int64" if tokens.dtype == torch.int64 else "int"
     constants = _constants(head.dtype, token, len(layers), shape, batch, count, layout)
     launch = kernel("decode_rows.cu", "decode_rows", device, **constants)
-    launch.together(CLUSTER * count, THREADS, parameters, shared=SHARED)
+    launch.with_struct(CLUSTER * count, THREADS, parameters, shared=SHARED, together=True)
     return logits
 
 
@@ -169,50 +168,13 @@ def clusters(device: torch.device) -> int:
     return min(MOST_CLUSTERS, probe.clusters(THREADS, shared=SHARED))
 
 
-def tensor_map(matrix: Tensor, rows: int) -> bytes:
-    """How a matrix lies in memory, for copies of boxes of so many rows and BOX columns, whose order is a swizzle's.
-
-    Args:
-        matrix: Contiguous, from 16 bytes on.
-        rows: Of a box; those past the end of the matrix are zeros.
-    """
-    return _tensor_map(matrix.data_ptr(), *matrix.shape, rows, BOX, True, matrix.dtype)
-
-
-def steering_map(x_proj: Tensor, own: int) -> bytes:
-    """The same of x_proj, (R + 2 N, D), for so many channels of a cluster: boxes as large as a slot, row after row.
+def _steering_map(x_proj: Tensor, own: int) -> bytes:
+    """Of x_proj, (R + 2 N, D), for so many channels of a cluster: boxes as large as a slot, row after row.
 
     A box has eight columns more than are used, which keep neighbouring rows in different banks of shared memory.
     """
     rows = 128 * own // (2 * own + 16) // 8 * 8
-    return _tensor_map(x_proj.data_ptr(), *x_proj.shape, rows, own + 8, False, x_proj.dtype)
-
-
-@functools.lru_cache(maxsize=4096)
-def _tensor_map(
-    address: int,
-    rows: int,
-    columns: int,
-    box_rows: int,
-    box_columns: int,
-    swizzled: bool,
-    dtype: torch.dtype,
-) -> bytes:
-    from cuda.bindings import driver
-
-    kinds, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
-    status, found = driver.cuTensorMapEncodeTiled(
-        kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype is torch.bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        2, address,
-        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)], [driver.cuuint64_t(2 * columns)],
-        [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)], [driver.cuuint32_t(1)] * 2,
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        swizzles.CU_TENSOR_MAP_SWIZZLE_128B if swizzled else swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )  # fmt: skip
-    assert int(status) == 0, status
-    return struct.pack("16Q", *map(int, found.opaque))
+    return tensor_map(x_proj, rows, own + 8, swizzled=False)
 
 
 def tile_of(batch: int) -> int:

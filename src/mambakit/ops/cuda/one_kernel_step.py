@@ -169,7 +169,7 @@ def step(
     token = "int64" if tokens.dtype == torch.int64 else "int"
     constants = _constants(head.dtype, token, len(layers), shape, batch, layout)
     launch = kernel("decode_model.cu", "decode_model", device, **constants)
-    launch.together(blocks, 128 * WARPGROUPS, parameters, shared=SHARED)
+    launch.with_struct(blocks, 128 * WARPGROUPS, parameters, shared=SHARED, together=True)
     return logits
 
 

@@ -157,8 +157,9 @@ def test_parameters_fit() -> None:
 
 @pytest.mark.parametrize(("own", "rows"), [(64, 56), (80, 56), (112, 56), (144, 56), (176, 56)])
 def test_boxes_of_x_proj_fill_a_slot(own: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(many_rows_step, "_tensor_map", lambda *asked: repr(asked).encode())
+    asked = []
+    monkeypatch.setattr(many_rows_step, "tensor_map", lambda *box, swizzled: asked.append((box, swizzled)))
     x_proj = torch.zeros(160, 4096, dtype=torch.bfloat16)
-    asked = (x_proj.data_ptr(), 160, 4096, rows, own + 8, False, torch.bfloat16)
-    assert many_rows_step.steering_map(x_proj, own) == repr(asked).encode()
+    many_rows_step._steering_map(x_proj, own)
+    assert asked == [((x_proj, rows, own + 8), False)]
     assert rows * (2 * own + 16) <= 128 * own < (rows + 8) * (2 * own + 16)

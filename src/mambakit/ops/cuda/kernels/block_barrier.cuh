@@ -49,6 +49,11 @@ struct BlockBarrier {
                  ::"r"(address_of(to)), "l"(&map), "r"(number), "r"(row), "r"(address_of(this)) : "memory");
   }
 
+  __device__ __forceinline__ void copy_box(char* to, const TensorMap& map, int number, int row, int matrix) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+                 ::"r"(address_of(to)), "l"(&map), "r"(number), "r"(row), "r"(matrix), "r"(address_of(this)) : "memory");
+  }
+
   // The barrier at the same place of another block of the cluster; what this thread wrote there may come later.
   __device__ __forceinline__ void arrive_at(unsigned rank) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(this, rank)) : "memory");

@@ -9,7 +9,7 @@ __device__ __forceinline__ uint64 described(const char* rows) {
 }
 
 template <int N> struct WarpgroupPieces {
-  static constexpr int PIECE = N <= 88 ? N : (N / 2 + 7) / 8 * 8;
+  static constexpr int PIECES = (N + 87) / 88, PIECE = (N + 8 * PIECES - 1) / (8 * PIECES) * 8;
   float sums[PIECE / 2] = {};
   WarpgroupPieces<N - PIECE> rest;
 
