@@ -36,14 +36,16 @@ def decode() -> None:
 
 
 def convolve_and_multiply() -> None:
-    """In one kernel, with blocks of one tile and of two."""
-    for tiles, columns in ((1, 22), (2, 160)):
-        causal_conv1d_linear.WORTH = {tiles: 0}
-        x, state = (torch.randn(2, 150, 192).bfloat16().cuda(), torch.randn(2, 192, 3).bfloat16().cuda())
-        weight, bias = torch.randn(192, 4).cuda(), torch.randn(192).cuda()
-        matrix = torch.randn(columns, 192).bfloat16().cuda()
+    """In one kernel, which such a small x is not enough for otherwise."""
+    causal_conv1d_linear.ROWS_MEANWHILE = 0
+    for columns in (22, 160):
+        x, state = torch.randn(2, 150, 192).bfloat16(), torch.randn(2, 192, 3).bfloat16()
+        weight, bias, matrix = torch.randn(192, 4), torch.randn(192), torch.randn(columns, 192)
+        x, state, matrix = x.cuda(), state.cuda(), matrix.bfloat16().cuda()
         if causal_conv1d_linear.suitable(x, 4, columns):
-            causal_conv1d_linear.causal_conv1d_linear(x, weight, bias, "silu", state, matrix)
+            causal_conv1d_linear.causal_conv1d_linear(
+                x, weight.cuda(), bias.cuda(), "silu", state, matrix
+            )
 
 
 def run_op(name: str) -> None:

@@ -48,23 +48,31 @@ class Backbone(nn.Module):
         self.activation_checkpointing = False
 
     def forward(
-        self, tokens: Tensor, state: ModelState | None = None, *, seq_idx: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        *,
+        seq_idx: Tensor | None = None,
+        only_last: bool = False,
     ) -> tuple[Tensor, ModelState]:
-        """Tokens (B, L) to hidden vectors (B, L, M), and the state after the last position."""
+        """Tokens (B, L) to hidden vectors (B, L, M), or (B, 1, M), and the state after the last position."""
         hidden = embed(self.embedding, tokens)
         residual: Tensor | None = None
         old_states = [None] * len(self.layers) if state is None else state.layers
         states = []
         # Only an adapter's dropout draws. The state of the generators cannot be read in a CUDA graph.
         draws = any(isinstance(module, nn.Dropout) for module in self.modules())
-        for block, old_state in zip(self.blocks(), old_states, strict=True):
+        for layer, (block, old_state) in enumerate(zip(self.blocks(), old_states, strict=True), 1):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden, residual, new_state = checkpoint(
                     block, hidden, residual, old_state, seq_idx=seq_idx, use_reentrant=False,
                     preserve_rng_state=draws,
                 )  # fmt: skip
             else:
-                hidden, residual, new_state = block(hidden, residual, old_state, seq_idx=seq_idx)
+                hidden, residual, new_state = block(
+                    hidden, residual, old_state, seq_idx=seq_idx,
+                    only_last=only_last and layer == len(self.layers),
+                )  # fmt: skip
             states.append(new_state)
         assert residual is not None  # There is at least one block.
         return self.norm_f.add(hidden, residual)[0], ModelState(states)
@@ -140,11 +148,19 @@ class MambaLanguageModel(nn.Module):
         return self.lm_head(hidden), state
 
     def hidden(
-        self, tokens: Tensor, state: ModelState | None = None, *, seq_idx: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        *,
+        seq_idx: Tensor | None = None,
+        only_last: bool = False,
     ) -> tuple[Tensor, ModelState]:
-        """What the head sees, (B, L, M), and the state; arguments as in `forward`."""
+        """What the head sees, (B, L, M), and the state.
+
+        Arguments as in `forward`; with `only_last`, which takes less time, it is (B, 1, M), of the last position.
+        """
         self._check(tokens, 2, state)
-        hidden, state = self.backbone(tokens, state, seq_idx=seq_idx)
+        hidden, state = self.backbone(tokens, state, seq_idx=seq_idx, only_last=only_last)
         return hidden, state
 
     def loss(
@@ -194,7 +210,8 @@ class MambaLanguageModel(nn.Module):
             raise ArgumentError(f"chunk: got {chunk}, wanted at least 1")
         self._check(tokens, 2, state)
         for first in range(0, tokens.shape[1], chunk):
-            hidden, state = self.hidden(tokens[:, first : first + chunk], state)
+            part = tokens[:, first : first + chunk]
+            hidden, state = self.hidden(part, state, only_last=True)
         assert state is not None
         return self.lm_head(hidden[:, -1]), state
 

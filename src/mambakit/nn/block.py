@@ -34,6 +34,7 @@ class Block(nn.Module):
         state: MixerState | None = None,
         *,
         seq_idx: Tensor | None = None,
+        only_last: bool = False,
     ) -> tuple[Tensor, Tensor, MixerState]:
         """Run a sequence.
 
@@ -42,13 +43,14 @@ class Block(nn.Module):
             residual: The residual stream without it, (B, L, M); None in front of the first block.
             state: What came before; default: nothing.
             seq_idx: Document number of each position, (B, L).
+            only_last: Whether only the last position goes on.
 
         Returns:
             hidden and residual for the next block, and the state after the last position.
         """
         hidden, residual = self._add_norm(hidden, residual)
-        hidden, state = self.mixer(hidden, state, seq_idx=seq_idx)
-        return hidden, residual, state
+        hidden, state = self.mixer(hidden, state, seq_idx=seq_idx, only_last=only_last)
+        return hidden, residual[:, -1:] if only_last else residual, state
 
     def step(
         self, hidden: Tensor, residual: Tensor | None, state: MixerState

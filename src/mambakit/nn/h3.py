@@ -32,7 +32,12 @@ class H3Mixer(MambaMixer):
         self.in_proj = Linear(d_model, 3 * self.d_inner, bias=self.in_proj.bias is not None)
 
     def forward(
-        self, hidden: Tensor, state: MixerState | None = None, *, seq_idx: Tensor | None = None
+        self,
+        hidden: Tensor,
+        state: MixerState | None = None,
+        *,
+        seq_idx: Tensor | None = None,
+        only_last: bool = False,
     ) -> tuple[Tensor, MixerState]:
         """Mix a sequence; arguments and results as in `MambaMixer.forward`."""
         q, k, v = self.in_proj(hidden).chunk(3, dim=-1)
@@ -47,7 +52,7 @@ class H3Mixer(MambaMixer):
         y, ssm_state = selective_scan(
             x, dt, A, B, C, self.D, None, dt_bias, True, initial_state=ssm_state, seq_idx=seq_idx
         )
-        return self.out_proj(q * y), MixerState(conv_state, ssm_state)
+        return self._output(q * y, only_last), MixerState(conv_state, ssm_state)
 
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:
         """Mix one position, (B, M) to (B, M); `state` is updated in place. Has no gradient."""

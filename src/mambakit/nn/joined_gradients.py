@@ -50,19 +50,9 @@ def linear_in_halves(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Te
     return first, second
 
 
-def linear_beside(
-    x: Tensor, weight: Tensor, factor: Tensor | None = None, product: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """x itself, for what else needs it, and `linear(x, weight)`.
-
-    Args:
-        x: (..., K).
-        weight: (O, K).
-        factor: The weight as it is multiplied with x, if that is there already.
-        product: The result, (..., O), if that is.
-    """
-    factor, product = (None if given is None else given.detach() for given in (factor, product))
-    same, y = _Beside.apply(_as_autocast(x), weight, factor, product)  # type: ignore[no-untyped-call]
+def linear_beside(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x itself, for what else needs it, and `linear(x, weight)`."""
+    same, y = _Beside.apply(_as_autocast(x), weight)  # type: ignore[no-untyped-call]
     return same, y
 
 
@@ -72,7 +62,7 @@ def _as_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def factor_for(parameter: Tensor, x: Tensor) -> Tensor:
+def _factor(parameter: Tensor, x: Tensor) -> Tensor:
     """The parameter as it is multiplied with x."""
     return parameter.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else parameter
 
@@ -80,10 +70,10 @@ def factor_for(parameter: Tensor, x: Tensor) -> Tensor:
 class _Alone(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        factor = factor_for(weight, x)
+        factor = _factor(weight, x)
         ctx.save_for_backward(x, factor)
         ctx.dtype = weight.dtype
-        return linear(x, factor, None if bias is None else factor_for(bias, x))
+        return linear(x, factor, None if bias is None else _factor(bias, x))
 
     @staticmethod
     @once_differentiable
@@ -104,10 +94,10 @@ class _Alone(torch.autograd.Function):
 class _Halves(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        factor = factor_for(weight, x)
+        factor = _factor(weight, x)
         ctx.save_for_backward(x, factor)
         ctx.dtype, ctx.room = weight.dtype, GradientRoom()
-        y = linear(x, factor, None if bias is None else factor_for(bias, x))
+        y = linear(x, factor, None if bias is None else _factor(bias, x))
         first, second = y.chunk(2, dim=-1)
         return first, second
 
@@ -135,18 +125,15 @@ class _Halves(torch.autograd.Function):
 
 class _Beside(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, factor: Tensor | None, product: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        factor = factor_for(weight, x) if factor is None else factor
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        factor = _factor(weight, x)
         ctx.save_for_backward(x, factor)
         ctx.dtype = weight.dtype
-        y = linear(x, factor) if product is None else product.view_as(product)
-        return x.view_as(x), y
+        return x.view_as(x), linear(x, factor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dx: Tensor, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, factor = ctx.saved_tensors
         dy, dweight = _rows(dy), None
         with torch.autocast(x.device.type, enabled=False):
@@ -155,7 +142,7 @@ class _Beside(torch.autograd.Function):
             # Into dx, which nobody else reads: the backward pass of the scan has just made it.
             has_rows = dx.stride(-1) == 1 and dx.stride(-2) >= dx.shape[-1]
             total = _rows(dx if has_rows else dx.contiguous())
-            return total.addmm_(dy, factor).view(x.shape), dweight, None, None
+            return total.addmm_(dy, factor).view(x.shape), dweight
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) to (..., O)."""
-        return _product(input, self.weight, self.bias)
+        return product(input, self.weight, self.bias)
 
 
 class DtProjection(Linear):
@@ -41,7 +41,7 @@ class DtProjection(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., R) to (..., D), without the bias."""
-        return _product(input, self.weight, None)
+        return product(input, self.weight, None)
 
 
 def project_to(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
@@ -52,7 +52,8 @@ def project_to(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda input, weight: linear(input.to(dtype), weight.to(dtype))
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias as these layers compute it, (..., K) to (..., O)."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         if is_narrowed(weight, x) and joins_gradients(x):
             return linear_alone(x, weight, bias)

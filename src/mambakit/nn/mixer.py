@@ -10,13 +10,8 @@ from torch import Tensor, nn
 
 from mambakit.nn.conv import CausalConv1d, convolve
 from mambakit.nn.initial import a_imag_init, a_log_init, b_init, c_init, dt_bias_init
-from mambakit.nn.joined_gradients import (
-    factor_for,
-    joins_gradients,
-    linear_beside,
-    linear_in_halves,
-)
-from mambakit.nn.linear import DtProjection, Linear, project_to
+from mambakit.nn.joined_gradients import joins_gradients, linear_beside, linear_in_halves
+from mambakit.nn.linear import DtProjection, Linear, product, project_to
 from mambakit.nn.recomputation import Recomputation, is_plain
 from mambakit.nn.state import MixerState
 from mambakit.ops import rms_norm, selective_scan, selective_scan_step
@@ -112,7 +107,12 @@ class MambaMixer(nn.Module):
         self.register_load_state_dict_post_hook(_mark_no_weight_decay)  # type: ignore[no-untyped-call]
 
     def forward(
-        self, hidden: Tensor, state: MixerState | None = None, *, seq_idx: Tensor | None = None
+        self,
+        hidden: Tensor,
+        state: MixerState | None = None,
+        *,
+        seq_idx: Tensor | None = None,
+        only_last: bool = False,
     ) -> tuple[Tensor, MixerState]:
         """Mix a sequence.
 
@@ -121,12 +121,15 @@ class MambaMixer(nn.Module):
             state: What came before; default: nothing.
             seq_idx: Document number of each position, (B, L); the state starts afresh where it
                 changes.
+            only_last: Whether to leave out what nobody wants who reads a prompt: all outputs but the last.
 
         Returns:
-            (B, L, M), and the state after the last position.
+            (B, L, M), or (B, 1, M), and the state after the last position.
         """
         joins = joins_gradients(hidden)
-        if joins and is_plain(self.in_proj, Linear):
+        if is_plain(self.in_proj, Linear) and only_last:
+            x, z = self._for_last(hidden)
+        elif is_plain(self.in_proj, Linear) and joins:
             x, z = linear_in_halves(hidden, self.in_proj.weight, self.in_proj.bias)
         else:
             x, z = self.in_proj(hidden).chunk(2, dim=-1)
@@ -135,17 +138,17 @@ class MambaMixer(nn.Module):
         wanted = self.recomputes and hidden.device.type in RECOMPUTES_ON
         with Recomputation(wanted=wanted) as again:
             inputs = (x, old_conv_state, seq_idx)
-            x, conv_state, factor, projected = self._convolve(*inputs)
+            x, conv_state, projected = self._convolve(*inputs)
             if is_plain(self.conv1d, CausalConv1d):
                 again.instead_of(x, convolve, self.conv1d.weight, self.conv1d.bias, *inputs)
             if joins and self.x_proj is not None and is_plain(self.x_proj, Linear):
-                x, projected = linear_beside(x, self.x_proj.weight, factor, projected)
+                x, projected = linear_beside(x, self.x_proj.weight)
             dt, B, C = self._steering(x, projected, again)
             A, dt_bias = self._decay(), self._dt_bias()
             y, ssm_state = selective_scan(
                 x, dt, A, B, C, self.D, z, dt_bias, True, initial_state=ssm_state, seq_idx=seq_idx
             )
-        return self.out_proj(y), MixerState(conv_state, ssm_state)
+        return self._output(y, only_last), MixerState(conv_state, ssm_state)
 
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:
         """Mix one position, (B, M) to (B, M); `state` is updated in place. Has no gradient."""
@@ -169,20 +172,25 @@ class MambaMixer(nn.Module):
             torch.zeros(batch, *A.shape, device=device, dtype=A.dtype),
         )
 
+    def _for_last(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and z of the last position in the place of all."""
+        weights, bias = self.in_proj.weight.chunk(2), self.in_proj.bias
+        biases = (None, None) if bias is None else bias.chunk(2)
+        x, z = product(hidden, weights[0], biases[0]), product(hidden[:, -1], weights[1], biases[1])
+        return x, z[:, None].expand_as(x)
+
     def _convolve(
         self, x: Tensor, state: Tensor | None, seq_idx: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """What the convolution makes of x, and its state; where one kernel multiplies as well, x_proj's factor and product."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the convolution makes of x, its state, and what x_proj makes of the first if one kernel does both."""
         convolution, x_proj = self.conv1d, self.x_proj
         if x_proj is not None and is_plain(x_proj, Linear) and is_plain(convolution, CausalConv1d):
             filters = convolution.weight.squeeze(1)
-            if fuses(x, filters, x_proj.out_features, seq_idx):
-                factor = factor_for(x_proj.weight, x)
-                found = causal_conv1d_linear(
-                    x, filters, factor, convolution.bias, "silu", initial_state=state
+            if fuses(x, filters, x_proj.weight, seq_idx):
+                return causal_conv1d_linear(
+                    x, filters, x_proj.weight, convolution.bias, "silu", initial_state=state
                 )
-                return (*found[:2], factor, found[2])
-        return (*convolution(x, state, seq_idx), None, None)
+        return (*convolution(x, state, seq_idx), None)
 
     def _steering(
         self, x: Tensor, projected: Tensor | None = None, again: Recomputation | None = None
@@ -226,6 +234,11 @@ class MambaMixer(nn.Module):
         else:
             weight = constant[None] if is_step else constant
         return _as_complex(weight) if self.is_complex else weight
+
+    def _output(self, y: Tensor, only_last: bool) -> Tensor:
+        """What out_proj makes of y, or of its last position, (B, 1, M)."""
+        out: Tensor = self.out_proj(y[:, -1])[:, None] if only_last else self.out_proj(y)
+        return out
 
     def _decay(self) -> Tensor:
         """A, (D, N)."""

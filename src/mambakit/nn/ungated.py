@@ -31,7 +31,12 @@ class UngatedMixer(MambaMixer):
         self.in_proj = Linear(d_model, self.d_inner, bias=self.in_proj.bias is not None)
 
     def forward(
-        self, hidden: Tensor, state: MixerState | None = None, *, seq_idx: Tensor | None = None
+        self,
+        hidden: Tensor,
+        state: MixerState | None = None,
+        *,
+        seq_idx: Tensor | None = None,
+        only_last: bool = False,
     ) -> tuple[Tensor, MixerState]:
         """Mix a sequence; arguments and results as in `MambaMixer.forward`."""
         old_conv_state, ssm_state = (state.conv_state, state.ssm_state) if state else (None, None)
@@ -41,7 +46,7 @@ class UngatedMixer(MambaMixer):
         y, ssm_state = selective_scan(
             x, dt, A, B, C, self.D, None, dt_bias, True, initial_state=ssm_state, seq_idx=seq_idx
         )
-        return self.out_proj(y), MixerState(conv_state, ssm_state)
+        return self._output(y, only_last), MixerState(conv_state, ssm_state)
 
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:
         """Mix one position, (B, M) to (B, M); `state` is updated in place. Has no gradient."""

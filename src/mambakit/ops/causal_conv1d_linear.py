@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -42,8 +43,8 @@ def causal_conv1d_linear(
         backend: "auto", "cuda", "cpu" or "reference"; see `mambakit.ops.dispatch`.
 
     Returns:
-        y, (B, L, D), and the last W - 1 inputs, (B, D, W-1), as from `causal_conv1d`; and the product, (B, L, O). All in
-        the dtype of x, and with gradients.
+        y, (B, L, D), and the last W - 1 inputs, (B, D, W-1), as from `causal_conv1d`; and the product, (B, L, O); all
+        in the dtype of x. All inputs but seq_idx have gradients.
 
     Raises:
         ShapeError, DtypeError, ArgumentError: An argument does not fit.
@@ -67,27 +68,37 @@ def causal_conv1d_linear(
     if matrix.dtype != x.dtype:
         raise DtypeError(f"matrix: got dtype {matrix.dtype}, wanted that of x, {x.dtype}")
     chosen = resolve_backend(backend, x.device, x.dtype)
-    if chosen == "cuda" and fuses(x, weight, matrix.shape[0], seq_idx):
+    if chosen == "cuda" and fuses(x, weight, matrix, seq_idx):
         run = cuda.causal_conv1d_linear.causal_conv1d_linear
         y, state, product = run(x, weight, bias, activation, initial_state, matrix)
     else:
         y, state = causal_conv1d(
-            x, weight, bias, activation, initial_state=initial_state, seq_idx=seq_idx, backend=chosen
+            x,
+            weight,
+            bias,
+            activation,
+            initial_state=initial_state,
+            seq_idx=seq_idx,
+            backend=chosen,
         )
         product = linear(y, matrix)
     return y, state, product
 
 
-def fuses(x: Tensor, weight: Tensor, columns: int, seq_idx: Tensor | None = None) -> bool:
+def fuses(x: Tensor, weight: Tensor, matrix: Tensor, seq_idx: Tensor | None = None) -> bool:
     """Whether one kernel does all that `causal_conv1d_linear` does here, and faster than two.
+
+    It has no gradient: what trains would have to read y again, and is not faster by it.
 
     Args:
         x: (B, L, D).
         weight: Filters, (D, W).
-        columns: Of the product (O).
+        matrix: (O, D).
         seq_idx: Document numbers, which it does not take.
     """
-    if not x.is_cuda or seq_idx is not None or is_observed((x, weight)):
+    if not x.is_cuda or torch.is_grad_enabled() or seq_idx is not None:
         return False
-    found: bool = cuda.causal_conv1d_linear.suitable(x, weight.shape[1], columns)
+    if x.dtype != matrix.dtype or is_observed((x, weight, matrix)):
+        return False
+    found: bool = cuda.causal_conv1d_linear.suitable(x, weight.shape[1], len(matrix))
     return found

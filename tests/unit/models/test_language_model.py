@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from mambakit.errors import ArgumentError, DtypeError, ShapeError
-from mambakit.models import PRESETS, MambaConfig, MambaLanguageModel, ModelState
+from mambakit.models import (
+    PRESETS,
+    MambaConfig,
+    MambaLanguageModel,
+    ModelState,
+    Quantisation,
+    quantise,
+)
 
 SMALL = {"d_model": 16, "n_layer": 3, "vocab_size": 50, "d_state": 4}
 
@@ -112,6 +119,48 @@ def test_prefill_in_chunks(chunk):
         state.layers[2].ssm_state, last.layers[2].ssm_state, rtol=1e-10, atol=1e-12
     )
     assert not logits.requires_grad
+
+
+@pytest.mark.parametrize("seqlen", [1, 9])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"bias": True},
+        {"block": "h3"},
+        {"block": "ungated", "bias": True},
+        {"A_init": "s4d-lin", "n_layer": 1},
+    ],
+    ids=str,
+)
+def test_the_last_position_alone(fields, seqlen):
+    model = make_model(**fields).double()
+    tokens = make_tokens(2, seqlen)
+    _, before = model(tokens)
+    whole, expected = model.hidden(tokens, before)
+    last, found = model.hidden(tokens, before, only_last=True)
+    torch.testing.assert_close(last, whole[:, -1:], rtol=1e-10, atol=1e-12)
+    for ours, truth in zip(found.layers, expected.layers, strict=True):
+        torch.testing.assert_close(ours.conv_state, truth.conv_state, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(ours.ssm_state, truth.ssm_state, rtol=1e-10, atol=1e-12)
+
+
+def test_the_last_position_alone_of_a_quantised_model():
+    model = make_model(d_model=64)
+    quantise(model, Quantisation(bits=8))
+    whole, _ = model.hidden(make_tokens())
+    last, _ = model.hidden(make_tokens(), only_last=True)
+    torch.testing.assert_close(last, whole[:, -1:])
+
+
+def test_of_a_prompt_the_last_layer_makes_one_output():
+    model = make_model(n_layer=2)
+    rows = []
+    record = lambda module, args, out: rows.append(args[0].numel() // args[0].shape[-1])  # noqa: E731
+    for layer in model.backbone.layers:
+        layer.mixer.out_proj.register_forward_hook(record)
+    model.prefill(make_tokens(2, 9))
+    assert rows == [18, 2]
 
 
 def test_packed_documents_do_not_see_one_another():

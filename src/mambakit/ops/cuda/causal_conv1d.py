@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
@@ -132,31 +131,20 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.set_materialize_grads(False)
 
 
-def gradients(
-    ctx: Any, saved: Sequence[Any], dy: Tensor | None, dstate: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Those of x, weight, bias and initial state.
-
-    Args:
-        ctx: A node of autograd whose first input is x; its `silu` says whether that follows.
-        saved: x, weight, bias, initial state and `seq_idx`.
-        dy: Gradient of y.
-        dstate: Gradient of the final state.
-    """
+def _gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors  # Once: activation checkpointing gives them out only once.
     x, _, bias, initial_state, _ = saved
     dy = torch.zeros_like(x) if dy is None else dy
-    dx, dweight, dbias, dinitial = _backward(dy, dstate, *saved, ctx.silu, room_for(ctx, saved, 0))
+    room = room_for(ctx, saved, 0)
+    dx, dweight, dbias, dinitial = _backward(dy, dstate, *saved, ctx.silu, room)
     return (
         dx,
         dweight,
         None if bias is None else dbias,
         None if initial_state is None else dinitial.to(initial_state.dtype),
+        None,
+        None,
     )
-
-
-def _gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # Once: activation checkpointing gives them out only once.
-    return (*gradients(ctx, saved, dy, dstate), None, None)
 
 
 _forward = Operator(

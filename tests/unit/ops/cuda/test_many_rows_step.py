@@ -158,7 +158,9 @@ def test_parameters_fit() -> None:
 @pytest.mark.parametrize(("own", "rows"), [(64, 56), (80, 56), (112, 56), (144, 56), (176, 56)])
 def test_boxes_of_x_proj_fill_a_slot(own: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(many_rows_step, "tensor_map", lambda *box, swizzled: asked.append((box, swizzled)))
+    monkeypatch.setattr(
+        many_rows_step, "tensor_map", lambda *box, swizzled: asked.append((box, swizzled))
+    )
     x_proj = torch.zeros(160, 4096, dtype=torch.bfloat16)
     many_rows_step._steering_map(x_proj, own)
     assert asked == [((x_proj, rows, own + 8), False)]

@@ -5,10 +5,11 @@
 // A block has ROWS time steps of a sequence and walks its channels, 64 at a time. Boxes of x come with eight rows from before the
 // block's own; the warps of CONVOLVING warpgroups convolve some rows each, two channels a lane, and one warpgroup multiplies
 // what they have made with P, and sends it to memory from where it reads it. That one also asks for what comes next: when
-// y is there, x has been read. (Sums take 160 registers a thread: those who convolve have none, and so room for many rows at once.)
+// y is there, x has been read. (Sums take most registers that a thread can
+// have: those that convolve have none, and so room for many rows at once.)
 //
-// IO, PARAMETER, WIDTH and SILU: as in `causal_conv1d.cuh`. COLUMNS: of the product. TILES: of 64 rows, of a block. X_SLOTS,
-// Y_SLOTS, P_SLOTS: places in shared memory. REGISTERS, CONVOLVING_REGISTERS: of a thread that multiplies, and of one that convolves.
+// IO, PARAMETER, WIDTH and SILU: as in `causal_conv1d.cuh`. COLUMNS: of the product. ROWS: of a block. X_SLOTS, Y_SLOTS, P_SLOTS:
+// places in shared memory. REGISTERS, CONVOLVING_REGISTERS: of a thread that multiplies, and of one that convolves.
 #define LANES 2
 #define PACKED 0
 #define INDEX int
@@ -19,7 +20,7 @@
 #include "warpgroup_sums.cuh"
 
 constexpr int CHANNELS = 64;  // at a time: the 128 bytes of a swizzle
-constexpr int ROW = CHANNELS * sizeof(IO), BEFORE = 8, ROWS = 64 * TILES, OF_WARP = ROWS / (4 * CONVOLVING);
+constexpr int ROW = CHANNELS * sizeof(IO), BEFORE = 8, TILES = ROWS / 64, OF_WARP = ROWS / (4 * CONVOLVING);
 constexpr int PADDED = (COLUMNS + 7) / 8 * 8;
 constexpr int TAPS_BYTES = CHANNELS * WIDTH * sizeof(PARAMETER), BIAS_BYTES = CHANNELS * sizeof(PARAMETER);
 constexpr int X_BYTES = (BEFORE + ROWS) * ROW, X_SLOT = (X_BYTES + TAPS_BYTES + BIAS_BYTES + 1023) / 1024 * 1024;
