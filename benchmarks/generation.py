@@ -11,8 +11,8 @@ Random weights; bfloat16 on a GPU, float32 on a CPU. A step is one token for eve
 ends when the host has it (of the step before, on a GPU). Mamba runs in `Engine`. The Transformer has read 2,048 tokens;
 its step, argmax included, is a CUDA graph on a GPU. Medians of 128 steps (32 on a CPU). The roof is the time in which
 the memory moves Mamba's weights once and its states twice. Prompts of 2,048 tokens are read by the models themselves,
-all of a batch at once. On a CPU follow the formats of the weights, and llama.cpp with the same weights: see
-`cpu_generation.py`.
+all of a batch at once; *first_token* is one such prompt in the engine, in its chunks, until the host has a token.
+On a CPU follow the formats of the weights, and llama.cpp with the same weights: see `cpu_generation.py`.
 """
 
 from __future__ import annotations
@@ -104,6 +104,14 @@ def reading(model: MambaLanguageModel | TransformerLanguageModel, batch: int) ->
         model.prefill(tokens)[0].argmax(-1).tolist()
 
     return measure(read, repeats=5)
+
+
+def first_token(model: MambaLanguageModel) -> Measurement:
+    """Seconds from a request with `PROMPT` tokens to its first token, in an engine that has nothing else to do."""
+    engine = Engine(model, slots=1)
+    prompt = torch.randint(model.config.vocab_size, (PROMPT,))
+    request = Request(prompt=prompt, options=GREEDY, max_tokens=1)
+    return measure(lambda: engine.submit(request).result(), repeats=5)
 
 
 def timed(step: Callable[[], Any], steps: int, is_ready: Callable[[], bool]) -> Measurement:
@@ -263,6 +271,9 @@ def main() -> None:
             found = or_no_memory(lambda: reading(model, batch))  # noqa: B023
             line = row(f"{name}, reading {batch}", found, batch * PROMPT)
             lines.append(line)
+    if 1 in options.prompts:
+        line = row(f"mamba {options.mamba}, first_token {PROMPT}", first_token(mamba), PROMPT)
+        lines.append(line)
     header = ("", "ms/step", "spread", "tokens/s", "roof, ms")
     print_table(f"decoding on {device}, {dtype}", header, [cells(line) for line in lines])
     known = gpu_environment(options.commit) if device == "cuda" else environment()

@@ -7,9 +7,10 @@ import torch
 
 from mambakit.errors import ArgumentError
 from mambakit.generate import Engine, PrefixCache, Request, SamplingOptions, generate
+from mambakit.generate.prompt_graphs import PromptGraphs
 from mambakit.generate.randomness import key_of, uniform
 from mambakit.generate.sampling import Method, SamplingRows, sample
-from mambakit.models import MambaConfig, MambaLanguageModel
+from mambakit.models import MambaConfig, MambaLanguageModel, Quantisation, quantise
 
 pytestmark = pytest.mark.gpu
 
@@ -56,6 +57,74 @@ def test_graphs_give_what_operations_one_by_one_give(model):
     for one, other in zip(graphs, plain, strict=True):
         for output, expected in zip(one.outputs, other.outputs, strict=True):
             assert output.logprob == pytest.approx(expected.logprob, abs=1e-4)
+
+
+LENGTHS = [1, 2, 3, 7, 63, 64, 65, 100, 127, 128]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"block": "h3"}, {"block": "ungated"}, {"A_init": "s4d-lin"}, {"d_conv": 2}],
+    ids=str,
+)
+def test_graphs_read_prompts_of_any_length(fields):
+    torch.manual_seed(0)
+    model = MambaLanguageModel(MambaConfig(d_model=64, n_layer=3, vocab_size=100, **fields)).cuda()
+    graphs = PromptGraphs(model, 128)
+    tokens = torch.randint(100, (1, 128))
+    _, before = model.prefill(tokens[:, :5].cuda())
+    for start in (None, before):
+        read = [graphs.read(tokens[:, :length], start) for length in LENGTHS]
+        for length, (logits, state) in zip(LENGTHS, read, strict=True):
+            expected, after = model.prefill(tokens[:, :length].cuda(), start)
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+            for ours, truth in zip(state.layers, after.layers, strict=True):
+                torch.testing.assert_close(ours.conv_state, truth.conv_state, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(ours.ssm_state, truth.ssm_state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_graphs_read_prompts_in_half_precision(bits):
+    torch.manual_seed(0)
+    model = MambaLanguageModel(MambaConfig(d_model=256, n_layer=3, vocab_size=100)).bfloat16()
+    if bits is not None:
+        quantise(model, Quantisation(bits=bits))
+    model, tokens = model.cuda(), torch.randint(100, (1, 128))
+    graphs = PromptGraphs(model, 128)
+    for length in LENGTHS:
+        logits, state = graphs.read(tokens[:, :length], None)
+        expected, after = model.prefill(tokens[:, :length].cuda())
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(logits, expected, rtol=2**-6, atol=2**-6 * scale)
+        for ours, truth in zip(state.layers, after.layers, strict=True):
+            largest = float(truth.ssm_state.abs().max())
+            torch.testing.assert_close(
+                ours.ssm_state, truth.ssm_state, rtol=2**-5, atol=2**-6 * largest
+            )
+
+
+def test_padding_does_not_decide_what_comes_out(model):
+    """What an earlier chunk has left behind in a graph's memory is not seen."""
+    graphs = PromptGraphs(model, 64)
+    tokens = torch.randint(1000, (1, 64))
+    logits, state = graphs.read(tokens[:, :20], None)
+    graphs.read(tokens.flip(1), state)
+    again, after = graphs.read(tokens[:, :20], None)
+    assert torch.equal(logits, again)
+    for ours, truth in zip(after.layers, state.layers, strict=True):
+        assert torch.equal(ours.ssm_state, truth.ssm_state)
+        assert torch.equal(ours.conv_state, truth.conv_state)
+
+
+def test_long_prompts_by_graphs(model):
+    generator = torch.Generator().manual_seed(2)
+    long = [
+        Request(prompt=torch.randint(1000, (length,), generator=generator), options=GREEDY, max_tokens=8)
+        for length in (1, 127, 128, 129, 300, 513, 1000)
+    ]  # fmt: skip
+    graphs = Engine(model, slots=3, chunk=128).generate(long)
+    plain = Engine(model, slots=3, chunk=128, cuda_graphs=False).generate(long)
+    assert [done.tokens for done in graphs] == [done.tokens for done in plain]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

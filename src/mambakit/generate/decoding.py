@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mambakit.generate.graphs import beside, capture
 from mambakit.generate.sampling import Method, sample
 from mambakit.generate.slots import Slots
 from mambakit.models.language_model import MambaLanguageModel
@@ -82,26 +82,12 @@ class Decoder:
 
     def _capture(self) -> None:
         """Record all graphs, the largest first: what it needs of memory serves the others too."""
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         pool = torch.cuda.graph_pool_handle()
-        side.wait_stream(torch.cuda.current_stream())
-        gc.collect()  # A graph that is garbage would break the capture if it went during it.
-        with torch.cuda.stream(side):
+        with beside():
             for bucket in reversed(self._buckets):
                 for method in reversed(Method):
-                    self._step(bucket, method)  # What is made at first use must not be recorded.
-                    graph = torch.cuda.CUDAGraph()
-                    # Not `torch.cuda.graph`, which collects garbage each time.
-                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                    try:
-                        chosen = self._step(bucket, method)
-                    except BaseException:
-                        with contextlib.suppress(RuntimeError):  # That the capture is broken.
-                            graph.capture_end()
-                        raise
-                    graph.capture_end()
-                    self._graphs[bucket, method] = graph, chosen
-        torch.cuda.current_stream().wait_stream(side)
+                    step = partial(self._step, bucket, method)
+                    self._graphs[bucket, method] = capture(step, pool)
 
 
 def buckets(size: int) -> list[int]:

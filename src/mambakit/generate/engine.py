@@ -15,7 +15,7 @@ from mambakit.errors import ArgumentError
 from mambakit.generate.decoding import Chosen
 from mambakit.generate.delivery import Delivery
 from mambakit.generate.handle import Handle
-from mambakit.generate.memory import make_decoder
+from mambakit.generate.memory import prepare
 from mambakit.generate.prefix import fingerprint
 from mambakit.generate.prefix_cache import PrefixCache
 from mambakit.generate.reading import Reader, on_its_way
@@ -55,8 +55,8 @@ class Engine:
         chunk: Most tokens of prompts read in a step. Default: 512; on the CPU 128, since the others
             wait meanwhile.
         prefix_cache: Where states of beginnings of prompts are left and looked for. Default: none.
-        cuda_graphs: On a GPU, whether a step is a CUDA graph, captured here; if not, it is launched
-            operation by operation.
+        cuda_graphs: On a GPU, whether a step and the reading of a chunk are CUDA graphs, captured here; if
+            not, they are launched operation by operation.
 
     Raises:
         ArgumentError: An argument is out of range, or so many slots do not fit into the memory;
@@ -94,10 +94,10 @@ class Engine:
         self._device = model.initial_state(1).layers[0].ssm_state.device
         chunk = chunk or (CPU_CHUNK if self._device.type == "cpu" else CHUNK)
         with self._on_device():
-            self._decoder = make_decoder(model, slots, chunk, cuda_graphs, self._device)
+            read_chunk, self._decoder = prepare(model, slots, chunk, cuda_graphs, self._device)
 
         self._arrivals: queue.SimpleQueue[Task] = queue.SimpleQueue()
-        self._reader = Reader(model, self._device, chunk, prefix_cache, self._mark)
+        self._reader = Reader(read_chunk, chunk, prefix_cache, self._mark)
         self._writing: list[Task] = []  # In the order of their rows.
         self._under_way: list[Task] = []  # All that have not ended.
         self._deliveries: deque[Delivery] = deque()

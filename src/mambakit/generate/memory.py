@@ -9,13 +9,15 @@ import torch
 from mambakit.errors import ArgumentError
 from mambakit.generate.decoding import Decoder
 from mambakit.generate.prefix import state_bytes
+from mambakit.generate.prompt_graphs import PromptGraphs
+from mambakit.generate.reading import ReadChunk, chunk_reader
 from mambakit.models.language_model import MambaLanguageModel
 
 
-def make_decoder(
+def prepare(
     model: MambaLanguageModel, slots: int, chunk: int, cuda_graphs: bool, device: torch.device
-) -> Decoder:
-    """Make a decoder of so many slots; on a GPU after running all it will run.
+) -> tuple[ReadChunk, Decoder]:
+    """What reads chunks of prompts, and a decoder of so many slots; on a GPU after running all they will run.
 
     Raises:
         ArgumentError: They do not fit into the memory.
@@ -24,17 +26,17 @@ def make_decoder(
     if free is not None and slots * needed > free:
         raise _refusal(slots, free // needed, device)
     if device.type != "cuda":
-        return Decoder(model, slots, graphs=False)
+        return chunk_reader(model, device), Decoder(model, slots, graphs=False)
     fits = slots
     while fits:
         try:
-            decoder = _tried(model, fits, chunk, cuda_graphs, device)
+            prepared = _tried(model, fits, chunk, cuda_graphs, device)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             fits //= 2
             continue
         if fits == slots:
-            return decoder
+            return prepared
         break
     raise _refusal(slots, fits, device)
 
@@ -57,9 +59,12 @@ def free_memory(device: torch.device) -> int | None:
 
 def _tried(
     model: MambaLanguageModel, slots: int, chunk: int, cuda_graphs: bool, device: torch.device
-) -> Decoder:
-    model.prefill(torch.zeros(1, chunk, dtype=torch.int64, device=device), chunk=chunk)
-    return Decoder(model, slots, cuda_graphs)
+) -> tuple[ReadChunk, Decoder]:
+    if cuda_graphs:
+        return PromptGraphs(model, chunk).read, Decoder(model, slots, graphs=True)
+    read = chunk_reader(model, device)
+    read(torch.zeros(1, chunk, dtype=torch.int64), None)
+    return read, Decoder(model, slots, graphs=False)
 
 
 def _refusal(slots: int, fits: int, device: torch.device) -> ArgumentError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,6 +11,10 @@ from torch import Tensor
 from mambakit.generate.prefix_cache import PrefixCache, is_kept, prefix_keys
 from mambakit.generate.task import Task
 from mambakit.models.language_model import MambaLanguageModel
+from mambakit.models.state import ModelState
+
+ReadChunk = Callable[[Tensor, ModelState | None], tuple[Tensor, ModelState]]
+"""From tokens, (1, L), on the CPU and the state before them to the logits after them, (1, V), and the state."""
 
 MOST_READING = 8
 """Prompts that are read in turns. Each has a state of its own until it gets a slot."""
@@ -23,8 +27,7 @@ class Reader:
     either.
 
     Args:
-        model: Reads them.
-        device: Where it is.
+        read_chunk: Reads a chunk.
         chunk: Most tokens read in a step of the engine, and at once.
         cache: Where states are left and looked for. Default: none.
         mark: Fingerprint of the model, for the cache.
@@ -36,15 +39,14 @@ class Reader:
 
     def __init__(
         self,
-        model: MambaLanguageModel,
-        device: torch.device,
+        read_chunk: ReadChunk,
         chunk: int,
         cache: PrefixCache | None = None,
         mark: str = "",
     ) -> None:
         self.waiting: deque[Task] = deque()
         self.reading: deque[Task] = deque()
-        self._model, self._device, self._chunk = model, device, chunk
+        self._run, self._chunk = read_chunk, chunk
         self._cache, self._mark = cache, mark
 
     def read(self, free: int) -> Iterator[tuple[Task, Tensor]]:
@@ -92,13 +94,22 @@ class Reader:
         return task
 
     def _read_chunk(self, task: Task, size: int) -> Tensor:
-        tokens = on_its_way(task.prompt[:, task.read : task.read + size], self._device)
-        logits, task.state = self._model.prefill(tokens, task.state, chunk=size)
+        tokens = task.prompt[:, task.read : task.read + size]
+        logits, task.state = self._run(tokens, task.state)
         task.read += size
         index, rest = divmod(task.read, self._chunk)
         if self._cache is not None and task.keys and rest == 0 and is_kept(index, len(task.keys)):
             self._cache.keep(task.keys[index - 1], task.state)
         return logits
+
+
+def chunk_reader(model: MambaLanguageModel, device: torch.device) -> ReadChunk:
+    """Reads chunks with the model, operation by operation."""
+
+    def read(tokens: Tensor, state: ModelState | None) -> tuple[Tensor, ModelState]:
+        return model.prefill(on_its_way(tokens, device), state, chunk=tokens.shape[1])
+
+    return read
 
 
 def on_its_way(tensor: Tensor, device: torch.device) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mambakit.generate.sampling import SamplingRows
+from mambakit.generate.states import States
 from mambakit.models.language_model import MambaLanguageModel
 from mambakit.models.state import ModelState
-from mambakit.nn.state import MixerState
 
 
 class Slots:
@@ -29,13 +29,9 @@ class Slots:
     """
 
     def __init__(self, model: MambaLanguageModel, size: int) -> None:
-        example = model.initial_state(1).layers
-        device = example[0].ssm_state.device
         self.size, self.taken = size, 0
-        self._parts = [
-            torch.zeros(len(example), size, *one.shape[1:], dtype=one.dtype, device=device)
-            for one in (example[0].conv_state, example[0].ssm_state)
-        ]
+        self._states = States.empty(model, size)
+        device = self._states.view(1).layers[0].ssm_state.device
         self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self.sampling = SamplingRows(
             torch.ones(size, 4, device=device),
@@ -43,14 +39,10 @@ class Slots:
         )
         vocab_size = model.config.vocab_size
         self.seen = torch.zeros(size, vocab_size, dtype=torch.bool, device=device)
-        self._states: dict[int, ModelState] = {}
 
     def state(self, count: int) -> ModelState:
         """The states of the first `count` rows, as views."""
-        if count not in self._states:
-            layers = zip(*(part[:, :count] for part in self._parts), strict=True)
-            self._states[count] = ModelState([MixerState(*layer) for layer in layers])
-        return self._states[count]
+        return self._states.view(count)
 
     def join(self, state: ModelState, sampling: SamplingRows, seen: Tensor | None) -> int:
         """Take the next row for a sequence; return its number.
@@ -62,10 +54,7 @@ class Slots:
         """
         row = self.taken
         assert row < self.size
-        conv_states = torch.cat([layer.conv_state for layer in state.layers])
-        ssm_states = torch.cat([layer.ssm_state for layer in state.layers])
-        for part, values in zip(self._parts, (conv_states, ssm_states), strict=True):
-            part[:, row] = values
+        self._states.put(row, state)
         for whole, one in zip(self.sampling, sampling, strict=True):
             whole[row : row + 1].copy_(one, non_blocking=True)
         if seen is not None:
@@ -79,7 +68,6 @@ class Slots:
         self.taken -= 1
         if row == self.taken:
             return
-        for part in self._parts:
-            part[:, row] = part[:, self.taken]
+        self._states.move(self.taken, row)
         for rows in (self.tokens, *self.sampling, self.seen):
             rows[row] = rows[self.taken]

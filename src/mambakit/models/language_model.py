@@ -19,6 +19,7 @@ from mambakit.models.fused_step import fused_step
 from mambakit.models.state import ModelState
 from mambakit.nn.block import Block
 from mambakit.nn.embedding import embed
+from mambakit.nn.ends import Ends
 from mambakit.nn.h3 import H3Mixer
 from mambakit.nn.linear import Linear
 from mambakit.nn.mixer import MambaMixer
@@ -53,24 +54,27 @@ class Backbone(nn.Module):
         state: ModelState | None = None,
         *,
         seq_idx: Tensor | None = None,
+        lengths: Tensor | None = None,
         only_last: bool = False,
     ) -> tuple[Tensor, ModelState]:
-        """Tokens (B, L) to hidden vectors (B, L, M), or (B, 1, M), and the state after the last position."""
+        """Tokens (B, L) to hidden vectors (B, L, M), and the state; see `MambaLanguageModel.hidden`."""
         hidden = embed(self.embedding, tokens)
         residual: Tensor | None = None
         old_states = [None] * len(self.layers) if state is None else state.layers
         states = []
+        ends = None if lengths is None else Ends(lengths, tokens.shape[1])
         # Only an adapter's dropout draws. The state of the generators cannot be read in a CUDA graph.
         draws = any(isinstance(module, nn.Dropout) for module in self.modules())
         for layer, (block, old_state) in enumerate(zip(self.blocks(), old_states, strict=True), 1):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden, residual, new_state = checkpoint(
-                    block, hidden, residual, old_state, seq_idx=seq_idx, use_reentrant=False,
+                    block, hidden, residual, old_state, seq_idx=seq_idx, ends=ends,
+                    only_last=only_last and layer == len(self.layers), use_reentrant=False,
                     preserve_rng_state=draws,
                 )  # fmt: skip
             else:
                 hidden, residual, new_state = block(
-                    hidden, residual, old_state, seq_idx=seq_idx,
+                    hidden, residual, old_state, seq_idx=seq_idx, ends=ends,
                     only_last=only_last and layer == len(self.layers),
                 )  # fmt: skip
             states.append(new_state)
@@ -153,14 +157,25 @@ class MambaLanguageModel(nn.Module):
         state: ModelState | None = None,
         *,
         seq_idx: Tensor | None = None,
+        lengths: Tensor | None = None,
         only_last: bool = False,
     ) -> tuple[Tensor, ModelState]:
-        """What the head sees, (B, L, M), and the state.
+        """What the head sees.
 
-        Arguments as in `forward`; with `only_last`, which takes less time, it is (B, 1, M), of the last position.
+        Args:
+            tokens: (B, L).
+            state: What came before; default: nothing.
+            seq_idx: Document number of each position, (B, L); see `forward`.
+            lengths: Positions of each row that count, (B,); the rest is padding. Default: all.
+            only_last: Whether nothing but the last position of each row is wanted, which takes less time.
+
+        Returns:
+            (B, L, M), or (B, 1, M), and the state after the last position that counts.
         """
         self._check(tokens, 2, state)
-        hidden, state = self.backbone(tokens, state, seq_idx=seq_idx, only_last=only_last)
+        hidden, state = self.backbone(
+            tokens, state, seq_idx=seq_idx, lengths=lengths, only_last=only_last
+        )
         return hidden, state
 
     def loss(
@@ -194,26 +209,43 @@ class MambaLanguageModel(nn.Module):
 
     @torch.no_grad()
     def prefill(
-        self, tokens: Tensor, state: ModelState | None = None, *, chunk: int = 2048
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        *,
+        lengths: Tensor | None = None,
+        chunk: int = 2048,
     ) -> tuple[Tensor, ModelState]:
-        """Read a prompt: logits for the token after it, and the state to go on from.
+        """Read prompts: logits for the token after each, and the state to go on from.
 
         Args:
             tokens: (B, L).
             state: What came before; it stays as it is. Default: nothing.
+            lengths: Tokens of each prompt, (B,), integers from 1 to L; what comes after them in its row is
+                padding, any ids. Default: L. On an accelerator they are not looked at.
             chunk: Most positions worked on at once, which bounds the memory.
 
         Returns:
-            Logits of the last position, (B, V), and the state.
+            Logits of the last position of each prompt, (B, V), and the state.
+
+        Raises:
+            ArgumentError: A token id or a length is out of range, or a shape does not fit.
         """
         if chunk < 1:
             raise ArgumentError(f"chunk: got {chunk}, wanted at least 1")
         self._check(tokens, 2, state)
+        _check_lengths(lengths, tokens)
+        last: Tensor | None = None
         for first in range(0, tokens.shape[1], chunk):
             part = tokens[:, first : first + chunk]
-            hidden, state = self.hidden(part, state, only_last=True)
+            left = None if lengths is None else (lengths - first).clamp(0, part.shape[1])
+            hidden, state = self.hidden(part, state, lengths=left, only_last=True)
+            if last is not None and left is not None:
+                hidden = torch.where((left > 0)[:, None, None], hidden, last)
+            last = hidden
+        assert last is not None
         assert state is not None
-        return self.lm_head(hidden[:, -1]), state
+        return self.lm_head(last[:, 0]), state
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> Tensor:
@@ -384,6 +416,22 @@ class MambaLanguageModel(nn.Module):
 
 
 _MIXERS = {"mamba": MambaMixer, "h3": H3Mixer, "ungated": UngatedMixer}
+
+
+def _check_lengths(lengths: Tensor | None, tokens: Tensor) -> None:
+    if lengths is None:
+        return
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise DtypeError(f"lengths: got dtype {lengths.dtype}, wanted int32 or int64")
+    if lengths.shape != tokens.shape[:1]:
+        got, wanted = tuple(lengths.shape), tuple(tokens.shape[:1])
+        raise ShapeError(f"lengths: got shape {got}, wanted {wanted}, one for each row of tokens")
+    if lengths.device.type == "cpu" and lengths.numel():
+        low, high = (int(length) for length in lengths.aminmax())
+        if low < 1 or high > tokens.shape[1]:
+            raise ArgumentError(
+                f"lengths: got {low} to {high}, wanted 1 to {tokens.shape[1]}, the tokens of a row"
+            )
 
 
 def _make_block(config: MambaConfig) -> Block:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mambakit.nn.ends import Ends
 from mambakit.nn.mixer import MambaMixer
 from mambakit.nn.norm import RMSNorm
 from mambakit.nn.state import MixerState
@@ -34,6 +35,7 @@ class Block(nn.Module):
         state: MixerState | None = None,
         *,
         seq_idx: Tensor | None = None,
+        ends: Ends | None = None,
         only_last: bool = False,
     ) -> tuple[Tensor, Tensor, MixerState]:
         """Run a sequence.
@@ -43,14 +45,17 @@ class Block(nn.Module):
             residual: The residual stream without it, (B, L, M); None in front of the first block.
             state: What came before; default: nothing.
             seq_idx: Document number of each position, (B, L).
-            only_last: Whether only the last position goes on.
+            ends: The last positions, behind which there is padding. Default: there is none.
+            only_last: Whether nothing but these goes on, (B, 1, M).
 
         Returns:
             hidden and residual for the next block, and the state after the last position.
         """
         hidden, residual = self._add_norm(hidden, residual)
-        hidden, state = self.mixer(hidden, state, seq_idx=seq_idx, only_last=only_last)
-        return hidden, residual[:, -1:] if only_last else residual, state
+        hidden, state = self.mixer(hidden, state, seq_idx=seq_idx, ends=ends, only_last=only_last)
+        if only_last:
+            residual = (ends or Ends(None, residual.shape[1])).last(residual)[:, None]
+        return hidden, residual, state
 
     def step(
         self, hidden: Tensor, residual: Tensor | None, state: MixerState

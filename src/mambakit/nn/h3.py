@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mambakit.nn.ends import Ends
 from mambakit.nn.linear import Linear
 from mambakit.nn.mixer import MambaMixer
 from mambakit.nn.state import MixerState
@@ -37,22 +38,25 @@ class H3Mixer(MambaMixer):
         state: MixerState | None = None,
         *,
         seq_idx: Tensor | None = None,
+        ends: Ends | None = None,
         only_last: bool = False,
     ) -> tuple[Tensor, MixerState]:
         """Mix a sequence; arguments and results as in `MambaMixer.forward`."""
+        ends = ends or Ends(None, hidden.shape[1])
         q, k, v = self.in_proj(hidden).chunk(3, dim=-1)
         old_conv_state, ssm_state = (state.conv_state, state.ssm_state) if state else (None, None)
         filters, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        k, conv_state = causal_conv1d(
+        convolved, conv_state = causal_conv1d(
             k, filters, bias, initial_state=old_conv_state, seq_idx=seq_idx
         )
-        x = k * v
+        conv_state = ends.last_inputs(conv_state, k, old_conv_state)
+        x = convolved * v
         dt, B, C = self._steering(x)
-        A, dt_bias = self._decay(), self._dt_bias()
+        dt, A, dt_bias = ends.without_padding(dt), self._decay(), self._dt_bias()
         y, ssm_state = selective_scan(
             x, dt, A, B, C, self.D, None, dt_bias, True, initial_state=ssm_state, seq_idx=seq_idx
         )
-        return self._output(q * y, only_last), MixerState(conv_state, ssm_state)
+        return self._output(q * y, ends if only_last else None), MixerState(conv_state, ssm_state)
 
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:
         """Mix one position, (B, M) to (B, M); `state` is updated in place. Has no gradient."""

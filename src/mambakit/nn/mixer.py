@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.nn.conv import CausalConv1d, convolve
+from mambakit.nn.ends import Ends
 from mambakit.nn.initial import a_imag_init, a_log_init, b_init, c_init, dt_bias_init
 from mambakit.nn.joined_gradients import joins_gradients, linear_beside, linear_in_halves
 from mambakit.nn.linear import DtProjection, Linear, product, project_to
@@ -112,6 +113,7 @@ class MambaMixer(nn.Module):
         state: MixerState | None = None,
         *,
         seq_idx: Tensor | None = None,
+        ends: Ends | None = None,
         only_last: bool = False,
     ) -> tuple[Tensor, MixerState]:
         """Mix a sequence.
@@ -121,14 +123,17 @@ class MambaMixer(nn.Module):
             state: What came before; default: nothing.
             seq_idx: Document number of each position, (B, L); the state starts afresh where it
                 changes.
-            only_last: Whether to leave out what nobody wants who reads a prompt: all outputs but the last.
+            ends: The last positions, behind which there is padding. Default: there is none.
+            only_last: Whether to leave out all outputs but those at the `ends`: who reads a prompt wants no others
+                of the last layer.
 
         Returns:
             (B, L, M), or (B, 1, M), and the state after the last position.
         """
+        ends = ends or Ends(None, hidden.shape[1])
         joins = joins_gradients(hidden)
         if is_plain(self.in_proj, Linear) and only_last:
-            x, z = self._for_last(hidden)
+            x, z = self._for_last(hidden, ends)
         elif is_plain(self.in_proj, Linear) and joins:
             x, z = linear_in_halves(hidden, self.in_proj.weight, self.in_proj.bias)
         else:
@@ -139,16 +144,17 @@ class MambaMixer(nn.Module):
         with Recomputation(wanted=wanted) as again:
             inputs = (x, old_conv_state, seq_idx)
             x, conv_state, projected = self._convolve(*inputs)
+            conv_state = ends.last_inputs(conv_state, *inputs[:2])
             if is_plain(self.conv1d, CausalConv1d):
                 again.instead_of(x, convolve, self.conv1d.weight, self.conv1d.bias, *inputs)
             if joins and self.x_proj is not None and is_plain(self.x_proj, Linear):
                 x, projected = linear_beside(x, self.x_proj.weight)
             dt, B, C = self._steering(x, projected, again)
-            A, dt_bias = self._decay(), self._dt_bias()
+            dt, A, dt_bias = ends.without_padding(dt), self._decay(), self._dt_bias()
             y, ssm_state = selective_scan(
                 x, dt, A, B, C, self.D, z, dt_bias, True, initial_state=ssm_state, seq_idx=seq_idx
             )
-        return self._output(y, only_last), MixerState(conv_state, ssm_state)
+        return self._output(y, ends if only_last else None), MixerState(conv_state, ssm_state)
 
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:
         """Mix one position, (B, M) to (B, M); `state` is updated in place. Has no gradient."""
@@ -172,11 +178,12 @@ class MambaMixer(nn.Module):
             torch.zeros(batch, *A.shape, device=device, dtype=A.dtype),
         )
 
-    def _for_last(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _for_last(self, hidden: Tensor, ends: Ends) -> tuple[Tensor, Tensor]:
         """x, and z of the last position in the place of all."""
         weights, bias = self.in_proj.weight.chunk(2), self.in_proj.bias
         biases = (None, None) if bias is None else bias.chunk(2)
-        x, z = product(hidden, weights[0], biases[0]), product(hidden[:, -1], weights[1], biases[1])
+        x = product(hidden, weights[0], biases[0])
+        z = product(ends.last(hidden), weights[1], biases[1])
         return x, z[:, None].expand_as(x)
 
     def _convolve(
@@ -235,9 +242,9 @@ class MambaMixer(nn.Module):
             weight = constant[None] if is_step else constant
         return _as_complex(weight) if self.is_complex else weight
 
-    def _output(self, y: Tensor, only_last: bool) -> Tensor:
-        """What out_proj makes of y, or of its last position, (B, 1, M)."""
-        out: Tensor = self.out_proj(y[:, -1])[:, None] if only_last else self.out_proj(y)
+    def _output(self, y: Tensor, ends: Ends | None) -> Tensor:
+        """What out_proj makes of y, or only of the `ends`, (B, 1, M)."""
+        out: Tensor = self.out_proj(y) if ends is None else self.out_proj(ends.last(y))[:, None]
         return out
 
     def _decay(self) -> Tensor:

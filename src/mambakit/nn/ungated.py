@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mambakit.nn.ends import Ends
 from mambakit.nn.linear import Linear
 from mambakit.nn.mixer import MambaMixer
 from mambakit.nn.state import MixerState
@@ -36,17 +37,21 @@ class UngatedMixer(MambaMixer):
         state: MixerState | None = None,
         *,
         seq_idx: Tensor | None = None,
+        ends: Ends | None = None,
         only_last: bool = False,
     ) -> tuple[Tensor, MixerState]:
         """Mix a sequence; arguments and results as in `MambaMixer.forward`."""
+        ends = ends or Ends(None, hidden.shape[1])
         old_conv_state, ssm_state = (state.conv_state, state.ssm_state) if state else (None, None)
-        x, conv_state = self.conv1d(self.in_proj(hidden), old_conv_state, seq_idx)
+        inputs = self.in_proj(hidden)
+        x, conv_state = self.conv1d(inputs, old_conv_state, seq_idx)
+        conv_state = ends.last_inputs(conv_state, inputs, old_conv_state)
         dt, B, C = self._steering(x)
-        A, dt_bias = self._decay(), self._dt_bias()
+        dt, A, dt_bias = ends.without_padding(dt), self._decay(), self._dt_bias()
         y, ssm_state = selective_scan(
             x, dt, A, B, C, self.D, None, dt_bias, True, initial_state=ssm_state, seq_idx=seq_idx
         )
-        return self._output(y, only_last), MixerState(conv_state, ssm_state)
+        return self._output(y, ends if only_last else None), MixerState(conv_state, ssm_state)
 
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:
         """Mix one position, (B, M) to (B, M); `state` is updated in place. Has no gradient."""

@@ -5,7 +5,7 @@ import torch
 
 from mambakit.errors import ArgumentError
 from mambakit.generate import memory
-from mambakit.generate.memory import free_memory, make_decoder, slot_bytes
+from mambakit.generate.memory import free_memory, prepare, slot_bytes
 
 CPU = torch.device("cpu")
 
@@ -16,16 +16,16 @@ def test_bytes_of_a_slot(small):
 
 def test_the_number_of_slots_that_fit_is_named(small, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 10 * slot_bytes(small) + 1)
-    assert make_decoder(small, 10, 8, True, CPU).slots.size == 10
+    assert prepare(small, 10, 8, True, CPU)[1].slots.size == 10
     with pytest.raises(
         ArgumentError, match="slots: got 11, but the memory of cpu is enough for 10;"
     ):
-        make_decoder(small, 11, 8, True, CPU)
+        prepare(small, 11, 8, True, CPU)
 
 
 def test_a_system_that_does_not_tell_is_believed(small, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: None)
-    assert make_decoder(small, 3, 8, True, CPU).slots.size == 3
+    assert prepare(small, 3, 8, True, CPU)[1].slots.size == 3
 
 
 def test_a_gpu_is_tried_until_it_fits(small, monkeypatch):
@@ -42,9 +42,9 @@ def test_a_gpu_is_tried_until_it_fits(small, monkeypatch):
     with pytest.raises(
         ArgumentError, match="slots: got 12, but the memory of cuda is enough for 3;"
     ):
-        make_decoder(small, 12, 8, True, torch.device("cuda"))
+        prepare(small, 12, 8, True, torch.device("cuda"))
     assert tried == [12, 6, 3]
-    assert make_decoder(small, 3, 8, True, torch.device("cuda")) == "decoder"
+    assert prepare(small, 3, 8, True, torch.device("cuda")) == "decoder"
 
 
 def test_memory_of_this_machine():

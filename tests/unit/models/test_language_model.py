@@ -153,6 +153,61 @@ def test_the_last_position_alone_of_a_quantised_model():
     torch.testing.assert_close(last, whole[:, -1:])
 
 
+MIXERS = [
+    {},
+    {"bias": True},
+    {"d_conv": 1},
+    {"selective": ("B",)},
+    {"mixer_norm_epsilon": 1e-5},
+    {"block": "h3"},
+    {"block": "ungated"},
+    {"A_init": "s4d-lin"},
+]
+
+
+@pytest.mark.parametrize("continues", [False, True])
+@pytest.mark.parametrize("chunk", [2, 5, 100])
+@pytest.mark.parametrize("fields", MIXERS, ids=str)
+def test_prompts_of_any_length_are_read_together(fields, chunk, continues):
+    model = make_model(**fields).double()
+    lengths = torch.tensor([1, 2, 3, 4, 5, 11, 12])
+    tokens, before = make_tokens(7, 12), model(make_tokens(7, 2))[1] if continues else None
+    logits, state = model.prefill(tokens, before, lengths=lengths, chunk=chunk)
+    for row, length in enumerate(lengths.tolist()):
+        start = None if before is None else before.select(torch.tensor([row]))
+        alone, expected = model.prefill(tokens[row : row + 1, :length], start)
+        torch.testing.assert_close(logits[row], alone[0], rtol=1e-10, atol=1e-12)
+        found = state.select(torch.tensor([row]))
+        for ours, truth in zip(found.layers, expected.layers, strict=True):
+            torch.testing.assert_close(ours.conv_state, truth.conv_state, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(ours.ssm_state, truth.ssm_state, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_padding_moves_no_state(dtype):
+    model = make_model().to(dtype)
+    tokens = make_tokens(1, 40)
+    _, state = model.prefill(tokens, lengths=torch.tensor([9]))
+    _, longer = model.prefill(tokens[:, :30], lengths=torch.tensor([9]))
+    for ours, truth in zip(state.layers, longer.layers, strict=True):
+        torch.testing.assert_close(ours.conv_state, truth.conv_state)
+        torch.testing.assert_close(ours.ssm_state, truth.ssm_state)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        (torch.tensor([0, 3]), ArgumentError, "got 0 to 3, wanted 1 to 9"),
+        (torch.tensor([1, 10]), ArgumentError, "got 1 to 10, wanted 1 to 9"),
+        (torch.tensor([1]), ShapeError, r"got shape \(1,\), wanted \(2,\)"),
+        (torch.tensor([1.0, 2.0]), DtypeError, "wanted int32 or int64"),
+    ],
+)
+def test_lengths_that_do_not_fit(lengths, error, message):
+    with pytest.raises(error, match=f"lengths: .*{message}"):
+        make_model().prefill(make_tokens(), lengths=lengths)
+
+
 def test_of_a_prompt_the_last_layer_makes_one_output():
     model = make_model(n_layer=2)
     rows = []
