@@ -86,10 +86,10 @@ def test_graphs_read_prompts_of_any_length(fields):
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_graphs_read_prompts_in_half_precision(bits):
     torch.manual_seed(0)
-    model = MambaLanguageModel(MambaConfig(d_model=256, n_layer=3, vocab_size=100)).bfloat16()
+    model = MambaLanguageModel(MambaConfig(d_model=256, n_layer=3, vocab_size=100))
     if bits is not None:
         quantise(model, Quantisation(bits=bits))
-    model, tokens = model.cuda(), torch.randint(100, (1, 128))
+    model, tokens = model.to("cuda", torch.bfloat16), torch.randint(100, (1, 128))
     graphs = PromptGraphs(model, 128)
     for length in LENGTHS:
         logits, state = graphs.read(tokens[:, :length], None)
