@@ -11,12 +11,10 @@ from torch.nn.functional import pad
 
 from mambakit.generate.options import SamplingOptions
 from mambakit.generate.randomness import key_of, uniform
+from mambakit.ops.likeliest import NOT_FINITE, likeliest
 
 FIRST_TRY = 1024
 """On a CPU top-p first looks at so many ids: sorting the whole vocabulary takes a fifth of a small model's step."""
-
-NOT_FINITE = -1
-"""In place of a token, where the logits hold NaN or +inf, or -inf only."""
 
 
 class Method(enum.IntEnum):
@@ -79,19 +77,19 @@ def sample(
         logits, options, seed and position, on the CPU bit for bit: besides operations on single
         numbers that IEEE 754 rounds exactly there are only softmax and cumsum, which go row by row.
     """
+    if method is Method.GREEDY:
+        return likeliest(logits)
     logits = logits.float()
     penalty, temperature = rows.reals[:, :1], rows.reals[:, 1]
-    if method is not Method.GREEDY and seen is not None:
+    if seen is not None:
         logits = penalise(logits, penalty, seen)
-    peak, tokens = logits.max(dim=-1)
-    if method is not Method.GREEDY:
-        cumulative = probabilities(logits, rows, method).double().cumsum(dim=-1)
-        # As a multiple of 2^-32 times the total it stays under the total after rounding.
-        threshold = uniform(rows.integers[:, 1], rows.integers[:, 2])[:, None] * cumulative[:, -1:]
-        # The first id whose cumulative probability exceeds it; it has a positive one itself.
-        drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
-        tokens = torch.where(temperature > 0, drawn, tokens)
-    return torch.where(torch.isfinite(peak), tokens, NOT_FINITE)
+    tokens = likeliest(logits)
+    cumulative = probabilities(logits, rows, method).double().cumsum(dim=-1)
+    # As a multiple of 2^-32 times the total it stays under the total after rounding.
+    threshold = uniform(rows.integers[:, 1], rows.integers[:, 2])[:, None] * cumulative[:, -1:]
+    # The first id whose cumulative probability exceeds it; it has a positive one itself.
+    drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+    return torch.where((temperature > 0) & (tokens != NOT_FINITE), drawn, tokens)
 
 
 def probabilities(logits: Tensor, rows: SamplingRows, method: Method = Method.CUT) -> Tensor:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from mambakit.errors import ArgumentError
 from mambakit.generate.request import Completion, Output, Request
-from mambakit.generate.sampling import NOT_FINITE, Method, SamplingRows
+from mambakit.generate.sampling import Method, SamplingRows
 from mambakit.generate.stopping import TextStream
 from mambakit.generate.tokenizer import Tokenizer
 from mambakit.models.state import ModelState
+from mambakit.ops.likeliest import NOT_FINITE
 
 
 class Task:

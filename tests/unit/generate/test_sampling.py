@@ -6,7 +6,6 @@ import torch
 from mambakit.errors import ArgumentError
 from mambakit.generate import SamplingOptions
 from mambakit.generate.sampling import (
-    NOT_FINITE,
     Method,
     SamplingRows,
     log_probabilities,
@@ -14,6 +13,7 @@ from mambakit.generate.sampling import (
     probabilities,
     sample,
 )
+from mambakit.ops.likeliest import NOT_FINITE
 
 INF = float("inf")
 

@@ -7,8 +7,8 @@ from mambakit.data.tokenizer import load_tokenizer
 from mambakit.errors import ArgumentError
 from mambakit.generate import SamplingOptions, generate, generate_text, stream_text
 from mambakit.generate.randomness import key_of
-from mambakit.generate.sampling import NOT_FINITE
 from mambakit.models import MambaConfig, MambaLanguageModel
+from mambakit.ops.likeliest import NOT_FINITE
 
 BYTES = load_tokenizer("bytes")
 

@@ -14,6 +14,7 @@ FILES = {
     "causal_conv1d": "causal_conv1d",
     "causal_conv1d_linear": "causal_conv1d_linear",
     "causal_conv1d_step": "causal_conv1d",
+    "likeliest": "likeliest",
     "linear_cross_entropy": "cross_entropy",
     "model_step": "model_step",
     "quantised_linear": "quantised_linear",
