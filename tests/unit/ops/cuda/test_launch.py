@@ -109,11 +109,11 @@ def test_blocks_together(write_kernel: Write) -> None:
     y = torch.zeros(blocks, device="cuda")
     kernel = compiler.kernel("a.cu", "count", y.device)
     parameters = struct.pack("3qd", arrived.data_ptr(), y.data_ptr(), 6, 0.5)
-    kernel.together(blocks, 1, parameters, shared=shared)
+    kernel.with_struct(blocks, 1, parameters, shared=shared, together=True)
     assert (y == 3).all()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernel.together(blocks, 1, parameters, shared=shared)
+        kernel.with_struct(blocks, 1, parameters, shared=shared, together=True)
     y.zero_()
     graph.replay()
     assert (y == 3).all()
@@ -125,7 +125,9 @@ def test_more_blocks_together_than_there_is_room_for(write_kernel: Write) -> Non
     write_kernel(COUNT)
     kernel = compiler.kernel("a.cu", "count", torch.device("cuda", 0))
     with pytest.raises(BackendError, match="cannot launch count"):
-        kernel.together(10_000, 1, struct.pack("3qd", 0, 0, 0, 0.0), shared=96 * 1024)
+        kernel.with_struct(
+            10_000, 1, struct.pack("3qd", 0, 0, 0, 0.0), shared=96 * 1024, together=True
+        )
 
 
 @pytest.mark.gpu
