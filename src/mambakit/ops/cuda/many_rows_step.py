@@ -39,8 +39,8 @@ THREADS = 384
 """Of a block: two warpgroups that multiply, one that sends."""
 
 IN_FLIGHT, IN_FLIGHT_OF_MANY = 2, 3
-"""Slots of weights, as full ones, that a block has on their way; as in `one_kernel_step`. And those of more than 64 rows,
-whose scan waits for memory alone: on an H200 2 % faster, on an H100 as fast."""
+"""Slots of weights, as full ones, that a block has on their way (as in `one_kernel_step`); and for more than 64 rows,
+whose scan waits for nothing but memory: on an H200 2 % faster, on an H100 as fast."""
 
 MOST_SLOTS = 32
 """Of the ring; more would not be used."""
