@@ -3,10 +3,9 @@
 //   y_t = silu(bias + sum_w weight_w x_{t - (W-1) + w}),   projected_t = P y_t
 //
 // A block has ROWS time steps of a sequence and walks its channels, 64 at a time. Boxes of x come with eight rows from before the
-// block's own; the warps of CONVOLVING warpgroups convolve some rows each, two channels a lane, and one warpgroup multiplies
-// what they have made with P, and sends it to memory from where it reads it. That one also asks for what comes next: when
-// y is there, x has been read. (Sums take most registers that a thread can
-// have: those that convolve have none, and so room for many rows at once.)
+// block's own. The warps of CONVOLVING warpgroups convolve some rows each, two channels a lane; one warpgroup multiplies what they
+// have made with P, and sends it to memory from where it reads it. That one also asks for what comes next: when y is there, x has
+// been read. Its sums take most registers that a thread can have; those that convolve have none, and so room for many rows at once.
 //
 // IO, PARAMETER, WIDTH and SILU: as in `causal_conv1d.cuh`. COLUMNS: of the product. ROWS: of a block. X_SLOTS, Y_SLOTS, P_SLOTS:
 // places in shared memory. REGISTERS, CONVOLVING_REGISTERS: of a thread that multiplies, and of one that convolves.
@@ -37,8 +36,8 @@ struct Parameters {
 };
 
 struct Barriers {
-  BlockBarrier x[X_SLOTS], projection[P_SLOTS];   // has come
-  BlockBarrier y[Y_SLOTS], y_free[Y_SLOTS];       // has been made; may be made anew
+  BlockBarrier x[X_SLOTS], projection[P_SLOTS];  // has come
+  BlockBarrier y[Y_SLOTS], y_free[Y_SLOTS];      // has been made; may be made anew
 };
 
 // A turn through slots, in which all parties go through them.
