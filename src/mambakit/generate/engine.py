@@ -55,8 +55,10 @@ class Engine:
         chunk: Most tokens of prompts read in a step. Default: 512; on the CPU 128, since the others
             wait meanwhile.
         prefix_cache: Where states of beginnings of prompts are left and looked for. Default: none.
-        cuda_graphs: On a GPU, whether a step and the reading of a chunk are CUDA graphs, captured here; if
-            not, they are launched operation by operation.
+        cuda_graphs: On a GPU, whether a step is a CUDA graph, captured here; if not, it is launched
+            operation by operation.
+        prompt_graphs: The same for the reading of chunks, which pays from some dozens of prompts on. Default:
+            as `cuda_graphs`.
 
     Raises:
         ArgumentError: An argument is out of range, or so many slots do not fit into the memory;
@@ -82,6 +84,7 @@ class Engine:
         chunk: int | None = None,
         prefix_cache: PrefixCache | None = None,
         cuda_graphs: bool = True,
+        prompt_graphs: bool | None = None,
     ) -> None:
         for name, value in (("slots", slots), ("chunk", chunk)):
             if value is not None and value < 1:
@@ -94,7 +97,10 @@ class Engine:
         self._device = model.initial_state(1).layers[0].ssm_state.device
         chunk = chunk or (CPU_CHUNK if self._device.type == "cpu" else CHUNK)
         with self._on_device():
-            read_chunk, self._decoder = prepare(model, slots, chunk, cuda_graphs, self._device)
+            prompts = cuda_graphs if prompt_graphs is None else prompt_graphs
+            read_chunk, self._decoder = prepare(
+                model, slots, chunk, self._device, steps=cuda_graphs, prompts=prompts
+            )
 
         self._arrivals: queue.SimpleQueue[Task] = queue.SimpleQueue()
         self._reader = Reader(read_chunk, chunk, prefix_cache, self._mark)

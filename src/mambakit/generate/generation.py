@@ -20,8 +20,9 @@ MOST_SLOTS = 256
 CHUNK = 2048
 """Tokens of a prompt read at once. Nobody else waits, so it is what is fastest."""
 
-WORTH_CAPTURING = 64
-"""On a GPU it takes the time of about so many steps to capture the graphs of the engine."""
+WORTH_CAPTURING, PROMPTS_WORTH_CAPTURING = 64, 32
+"""On a GPU it takes the time of about so many steps to capture the graphs of the engine's steps; and of so many prompts
+to capture those that read them."""
 
 
 def generate(
@@ -123,6 +124,7 @@ def engine_for(
         tokenizer=tokenizer,
         chunk=CHUNK,
         cuda_graphs=max_tokens > WORTH_CAPTURING,
+        prompt_graphs=count > PROMPTS_WORTH_CAPTURING,
     )
 
 

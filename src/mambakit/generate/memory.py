@@ -15,9 +15,23 @@ from mambakit.models.language_model import MambaLanguageModel
 
 
 def prepare(
-    model: MambaLanguageModel, slots: int, chunk: int, cuda_graphs: bool, device: torch.device
+    model: MambaLanguageModel,
+    slots: int,
+    chunk: int,
+    device: torch.device,
+    *,
+    steps: bool,
+    prompts: bool,
 ) -> tuple[ReadChunk, Decoder]:
     """What reads chunks of prompts, and a decoder of so many slots; on a GPU after running all they will run.
+
+    Args:
+        model: For both.
+        slots: Of the decoder.
+        chunk: Most tokens read at once.
+        device: Where the model is.
+        steps: Whether steps are CUDA graphs, on a GPU.
+        prompts: Whether the reading of chunks is.
 
     Raises:
         ArgumentError: They do not fit into the memory.
@@ -30,7 +44,7 @@ def prepare(
     fits = slots
     while fits:
         try:
-            prepared = _tried(model, fits, chunk, cuda_graphs, device)
+            prepared = _tried(model, fits, chunk, device, steps, prompts)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             fits //= 2
@@ -58,13 +72,19 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _tried(
-    model: MambaLanguageModel, slots: int, chunk: int, cuda_graphs: bool, device: torch.device
+    model: MambaLanguageModel,
+    slots: int,
+    chunk: int,
+    device: torch.device,
+    steps: bool,
+    prompts: bool,
 ) -> tuple[ReadChunk, Decoder]:
-    if cuda_graphs:
-        return PromptGraphs(model, chunk).read, Decoder(model, slots, graphs=True)
-    read = chunk_reader(model, device)
-    read(torch.zeros(1, chunk, dtype=torch.int64), None)
-    return read, Decoder(model, slots, graphs=False)
+    if prompts:
+        read: ReadChunk = PromptGraphs(model, chunk).read
+    else:
+        read = chunk_reader(model, device)
+        read(torch.zeros(1, chunk, dtype=torch.int64), None)
+    return read, Decoder(model, slots, graphs=steps)
 
 
 def _refusal(slots: int, fits: int, device: torch.device) -> ArgumentError:

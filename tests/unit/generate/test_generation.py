@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mambakit.errors import ArgumentError
-from mambakit.generate import SamplingOptions, generate, stream
+from mambakit.generate import SamplingOptions, generate, generation, stream
 from mambakit.models import MambaConfig, MambaLanguageModel
 
 GREEDY = SamplingOptions(temperature=0)
@@ -172,3 +172,14 @@ def test_nan_weights_end_in_a_clear_error(model):
 def test_wrong_arguments_are_refused_before_anything_runs(model, prompts, options, message):
     with pytest.raises(ArgumentError, match=message):
         stream(model, prompts, **options)
+
+
+@pytest.mark.parametrize(
+    ("count", "max_tokens", "expected"),
+    [(1, 64, (False, False)), (1, 65, (True, False)), (32, 1, (False, False)), (33, 1, (False, True))],
+)  # fmt: skip
+def test_graphs_are_captured_where_they_pay(small, monkeypatch, count, max_tokens, expected):
+    asked = {}
+    monkeypatch.setattr(generation, "Engine", lambda model, **options: asked.update(options))
+    generation.engine_for(small, count, max_tokens)
+    assert (asked["cuda_graphs"], asked["prompt_graphs"]) == expected
