@@ -13,6 +13,7 @@ from examples import OPS, STEPS, call, on
 
 from mambakit.models import MambaConfig, MambaLanguageModel
 from mambakit.ops.cuda import causal_conv1d_linear, selective_scan
+from mambakit.ops.cuda.arrays import has_warpgroups
 
 
 def main(name: str) -> None:
@@ -39,16 +40,16 @@ def decode() -> None:
 
 
 def convolve_and_multiply() -> None:
-    """In one kernel, which such a small x is not enough for otherwise."""
-    causal_conv1d_linear.ROWS_MEANWHILE = 0
+    """In one kernel, as Hopper does with more rows."""
+    if not has_warpgroups(torch.device("cuda", 0)):
+        return
     for columns in (22, 160):
         x, state = torch.randn(2, 150, 192).bfloat16(), torch.randn(2, 192, 3).bfloat16()
         weight, bias, matrix = torch.randn(192, 4), torch.randn(192), torch.randn(columns, 192)
         x, state, matrix = x.cuda(), state.cuda(), matrix.bfloat16().cuda()
-        if causal_conv1d_linear.suitable(x, 4, columns):
-            causal_conv1d_linear.causal_conv1d_linear(
-                x, weight.cuda(), bias.cuda(), "silu", state, matrix
-            )
+        causal_conv1d_linear.causal_conv1d_linear(
+            x, weight.cuda(), bias.cuda(), "silu", state, matrix
+        )
 
 
 def run_op(name: str) -> None:

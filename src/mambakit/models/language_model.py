@@ -19,7 +19,7 @@ from mambakit.models.fused_step import fused_step
 from mambakit.models.state import ModelState
 from mambakit.nn.block import Block
 from mambakit.nn.embedding import embed
-from mambakit.nn.ends import Ends
+from mambakit.nn.ends import WHOLE, Ends
 from mambakit.nn.h3 import H3Mixer
 from mambakit.nn.linear import Linear
 from mambakit.nn.mixer import MambaMixer
@@ -62,7 +62,7 @@ class Backbone(nn.Module):
         residual: Tensor | None = None
         old_states = [None] * len(self.layers) if state is None else state.layers
         states = []
-        ends = None if lengths is None else Ends(lengths, tokens.shape[1])
+        ends = WHOLE if lengths is None else Ends(lengths, tokens.shape[1])
         # Only an adapter's dropout draws. The state of the generators cannot be read in a CUDA graph.
         draws = any(isinstance(module, nn.Dropout) for module in self.modules())
         for layer, (block, old_state) in enumerate(zip(self.blocks(), old_states, strict=True), 1):

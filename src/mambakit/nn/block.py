@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mambakit.nn.ends import Ends
+from mambakit.nn.ends import WHOLE, Ends
 from mambakit.nn.mixer import MambaMixer
 from mambakit.nn.norm import RMSNorm
 from mambakit.nn.state import MixerState
@@ -35,7 +35,7 @@ class Block(nn.Module):
         state: MixerState | None = None,
         *,
         seq_idx: Tensor | None = None,
-        ends: Ends | None = None,
+        ends: Ends = WHOLE,
         only_last: bool = False,
     ) -> tuple[Tensor, Tensor, MixerState]:
         """Run a sequence.
@@ -54,7 +54,7 @@ class Block(nn.Module):
         hidden, residual = self._add_norm(hidden, residual)
         hidden, state = self.mixer(hidden, state, seq_idx=seq_idx, ends=ends, only_last=only_last)
         if only_last:
-            residual = (ends or Ends(None, residual.shape[1])).last(residual)[:, None]
+            residual = ends.last(residual)[:, None]
         return hidden, residual, state
 
     def step(

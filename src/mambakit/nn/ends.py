@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 STILL = -1e4
-"""A dt whose softplus is zero in every dtype, whatever is added to it: it moves no state."""
+"""A dt whose softplus, after any sensible bias, is zero in every dtype: it moves no state."""
 
 
 class Ends:
     """The last position of each sequence; what comes after it is padding, and leaves the state as it is.
 
     Args:
-        lengths: Positions of each sequence that count, (B,), integers from 0 to L. Default: all of them.
+        lengths: Positions of each sequence that count, (B,), integers from 0 to L; None: all of them.
         seqlen: L.
     """
 
@@ -52,3 +52,7 @@ class Ends:
             return taken.masked_fill((places < 0)[:, None], 0)
         old = (places + count).clamp(max=count - 1)[:, None].expand_as(taken)
         return torch.where((places < 0)[:, None], before.to(x.dtype).gather(2, old), taken)
+
+
+WHOLE = Ends(None, 0)
+"""Of sequences without padding, of any length."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mambakit.nn.ends import Ends
+from mambakit.nn.ends import WHOLE, Ends
 from mambakit.nn.linear import Linear
 from mambakit.nn.mixer import MambaMixer
 from mambakit.nn.state import MixerState
@@ -38,11 +38,10 @@ class H3Mixer(MambaMixer):
         state: MixerState | None = None,
         *,
         seq_idx: Tensor | None = None,
-        ends: Ends | None = None,
+        ends: Ends = WHOLE,
         only_last: bool = False,
     ) -> tuple[Tensor, MixerState]:
         """Mix a sequence; arguments and results as in `MambaMixer.forward`."""
-        ends = ends or Ends(None, hidden.shape[1])
         q, k, v = self.in_proj(hidden).chunk(3, dim=-1)
         old_conv_state, ssm_state = (state.conv_state, state.ssm_state) if state else (None, None)
         filters, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias

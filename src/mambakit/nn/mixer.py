@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.nn.conv import CausalConv1d, convolve
-from mambakit.nn.ends import Ends
+from mambakit.nn.ends import WHOLE, Ends
 from mambakit.nn.initial import a_imag_init, a_log_init, b_init, c_init, dt_bias_init
 from mambakit.nn.joined_gradients import joins_gradients, linear_beside, linear_in_halves
 from mambakit.nn.linear import DtProjection, Linear, product, project_to
@@ -113,7 +113,7 @@ class MambaMixer(nn.Module):
         state: MixerState | None = None,
         *,
         seq_idx: Tensor | None = None,
-        ends: Ends | None = None,
+        ends: Ends = WHOLE,
         only_last: bool = False,
     ) -> tuple[Tensor, MixerState]:
         """Mix a sequence.
@@ -130,7 +130,6 @@ class MambaMixer(nn.Module):
         Returns:
             (B, L, M), or (B, 1, M), and the state after the last position.
         """
-        ends = ends or Ends(None, hidden.shape[1])
         joins = joins_gradients(hidden)
         if is_plain(self.in_proj, Linear) and only_last:
             x, z = self._for_last(hidden, ends)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mambakit.nn.ends import Ends
+from mambakit.nn.ends import WHOLE, Ends
 from mambakit.nn.linear import Linear
 from mambakit.nn.mixer import MambaMixer
 from mambakit.nn.state import MixerState
@@ -37,11 +37,10 @@ class UngatedMixer(MambaMixer):
         state: MixerState | None = None,
         *,
         seq_idx: Tensor | None = None,
-        ends: Ends | None = None,
+        ends: Ends = WHOLE,
         only_last: bool = False,
     ) -> tuple[Tensor, MixerState]:
         """Mix a sequence; arguments and results as in `MambaMixer.forward`."""
-        ends = ends or Ends(None, hidden.shape[1])
         old_conv_state, ssm_state = (state.conv_state, state.ssm_state) if state else (None, None)
         inputs = self.in_proj(hidden)
         x, conv_state = self.conv1d(inputs, old_conv_state, seq_idx)

@@ -51,10 +51,10 @@ def suitable(x: Tensor, width: int, columns: int) -> bool:
     )
 
 
-def is_faster(batch: int, seqlen: int, multiprocessors: int) -> bool:
-    """Whether it is, for so many sequences."""
-    turns = -(-_blocks(batch, seqlen) // multiprocessors)
-    return turns * multiprocessors * ROWS_MEANWHILE < batch * seqlen
+def is_faster(batch: int, seqlen: int, processors: int) -> bool:
+    """Whether it is, for so many sequences and multiprocessors."""
+    turns = -(-_blocks(batch, seqlen) // processors)
+    return turns * processors * ROWS_MEANWHILE < batch * seqlen
 
 
 def causal_conv1d_linear(
@@ -88,13 +88,13 @@ def causal_conv1d_linear(
         "10q", weight.data_ptr(), _address(bias), _address(initial_state), *strides, state.data_ptr(),
         product.data_ptr(), seqlen, channels,
     )  # fmt: skip
+    parameters += bytes(-len(parameters) % 64)  # As the struct has, whose maps begin at 64 bytes.
     constants = _constants(x.dtype, weight.dtype, width, activation == "silu", columns)
     launch = kernel("causal_conv1d_linear.cu", "causal_conv1d_linear", x.device, **constants)
     launch.with_struct(
         _blocks(batch, seqlen),
         128 * (CONVOLVING + 1),
-        parameters
-        + bytes(-len(parameters) % 64),  # as the struct has, whose maps begin at 64 bytes
+        parameters,
         shared=shared_memory(width, columns, weight.element_size()),
     )
     return y, state, product

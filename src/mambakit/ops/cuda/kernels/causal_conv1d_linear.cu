@@ -15,7 +15,7 @@
 #define WARPS 4
 #define STEPS 1
 #include "causal_conv1d.cuh"
-#include "block_barrier.cuh"
+#include "ring.cuh"
 #include "warpgroup_sums.cuh"
 
 constexpr int CHANNELS = 64;  // at a time: the 128 bytes of a swizzle
@@ -38,15 +38,6 @@ struct Parameters {
 struct Barriers {
   BlockBarrier x[X_SLOTS], projection[P_SLOTS];  // has come
   BlockBarrier y[Y_SLOTS], y_free[Y_SLOTS];      // has been made; may be made anew
-};
-
-// A turn through slots, in which all parties go through them.
-template <int COUNT> struct Turn {
-  int slot = 0;
-  unsigned parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++slot == COUNT) slot = 0, parity ^= 1;
-  }
 };
 
 // Word of this lane in a row: its two channels, where a box's swizzle has them. rows: begin where a swizzle does.
@@ -79,18 +70,18 @@ extern "C" __global__ void __launch_bounds__(128 * (CONVOLVING + 1), 1)
 
   if (warp < 4 * CONVOLVING) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(CONVOLVING_REGISTERS));
-    Turn<X_SLOTS> x_turn;
-    Turn<Y_SLOTS> y_turn;
+    Turn<X_SLOTS> x_at;
+    Turn<Y_SLOTS> y_at;
     const int first = warp * OF_WARP;
     const bool begins = p.initial && begin + first == 0, ends = first <= last && last < first + OF_WARP;
-    for (int channel = 0; channel < p.channels; channel += CHANNELS, x_turn.advance(), y_turn.advance()) {
-      char* const slot = memory + x_turn.slot * X_SLOT;
+    for (int channel = 0; channel < p.channels; channel += CHANNELS, x_at.advance(), y_at.advance()) {
+      char* const slot = memory + x_at.slot * X_SLOT;
       char* const x = slot + (BEFORE + first) * ROW;
-      char* const y = y_slots + y_turn.slot * Y_SLOT + first * ROW;
+      char* const y = y_slots + y_at.slot * Y_SLOT + first * ROW;
       const int own = channel + 2 * lane;
       const Inputs inputs{nullptr, 0, p.initial ? p.initial + batch * p.initial_batch + own * p.initial_channel : nullptr,
                           p.initial_channel, p.initial_tap, nullptr};
-      barriers.x[x_turn.slot].await(x_turn.parity);
+      barriers.x[x_at.slot].await(x_at.turn);
       const auto* const taps = reinterpret_cast<const PARAMETER*>(slot + X_BYTES);
       const Filter filter(taps, p.bias ? taps + CHANNELS * WIDTH : nullptr, 2 * lane);
       Window window;
@@ -111,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONVOLVING + 1), 1)
           for (int i = 0; i < 2; ++i)
             p.final_state[(batch * p.channels + own + i) * PAST + w] = from_float<IO>(row[i]);
         }
-      barriers.y_free[y_turn.slot].await(y_turn.parity ^ 1);  // at once in the first turn
+      barriers.y_free[y_at.slot].await(y_at.turn ^ 1);  // at once in the first turn
 #pragma unroll
       for (int i = 0; i < OF_WARP; ++i) {
         float now[2], out[2];
@@ -125,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONVOLVING + 1), 1)
       }
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // y is read by copies and by a warpgroup
       __syncwarp();
-      if (lane == 0) barriers.y[y_turn.slot].arrive();
+      if (lane == 0) barriers.y[y_at.slot].arrive();
     }
     return;
   }
@@ -149,32 +140,32 @@ extern "C" __global__ void __launch_bounds__(128 * (CONVOLVING + 1), 1)
     for (int i = 0; i < X_SLOTS && i * CHANNELS < p.channels; ++i) ask_x(i, i * CHANNELS);
     for (int i = 0; i < P_SLOTS && i * CHANNELS < p.channels; ++i) ask_projection(i, i * CHANNELS);
   }
-  Turn<X_SLOTS> x_turn;
-  Turn<Y_SLOTS> y_turn;
-  Turn<P_SLOTS> p_turn;
+  Turn<X_SLOTS> x_at;
+  Turn<Y_SLOTS> y_at;
+  Turn<P_SLOTS> p_at;
   WarpgroupSums<PADDED> sums[TILES];
-  for (int channel = 0; channel < p.channels; channel += CHANNELS, x_turn.advance(), y_turn.advance(), p_turn.advance()) {
-    char* const y = y_slots + y_turn.slot * Y_SLOT;
-    barriers.y[y_turn.slot].await(y_turn.parity);
+  for (int channel = 0; channel < p.channels; channel += CHANNELS, x_at.advance(), y_at.advance(), p_at.advance()) {
+    char* const y = y_slots + y_at.slot * Y_SLOT;
+    barriers.y[y_at.slot].await(y_at.turn);
     if (leads) {
       asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];"
                    ::"l"(&p.y), "r"(channel), "r"(begin), "r"(batch), "r"(address_of(y)) : "memory");
       asm volatile("cp.async.bulk.commit_group;" ::: "memory");
       const int next = channel + X_SLOTS * CHANNELS;
-      if (next < p.channels) ask_x(x_turn.slot, next);
+      if (next < p.channels) ask_x(x_at.slot, next);
     }
     __syncwarp();
-    barriers.projection[p_turn.slot].await(p_turn.parity);
+    barriers.projection[p_at.slot].await(p_at.turn);
 #pragma unroll
-    for (int t = 0; t < TILES; ++t) sums[t].multiply(y + t * 64 * ROW, p_slots + p_turn.slot * P_SLOT);
+    for (int t = 0; t < TILES; ++t) sums[t].multiply(y + t * 64 * ROW, p_slots + p_at.slot * P_SLOT);
 #pragma unroll
     for (auto& tile : sums) tile.template await<0>();
     asm volatile("bar.sync 1, 128;" ::: "memory");  // all four warps have multiplied
     if (leads) {
       const int next = channel + P_SLOTS * CHANNELS;
-      if (next < p.channels) ask_projection(p_turn.slot, next);
+      if (next < p.channels) ask_projection(p_at.slot, next);
       asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-      barriers.y_free[y_turn.slot].arrive();
+      barriers.y_free[y_at.slot].arrive();
     }
   }
 #pragma unroll

@@ -15,18 +15,22 @@ template <int COUNT> struct RingBarriers {
   }
 };
 
-// COUNT slots of so many BYTES.
-template <int COUNT, int BYTES> struct Ring {
-  char* memory;
-  RingBarriers<COUNT>& barriers;
+// Where one who goes through COUNT slots in their order is.
+template <int COUNT> struct Turn {
   int slot = 0;
   unsigned turn = 0;  // parity
-
-  __device__ __forceinline__ Ring(char* memory, RingBarriers<COUNT>& barriers) : memory(memory), barriers(barriers) {}
 
   __device__ __forceinline__ void advance() {
     if (++slot == COUNT) slot = 0, turn ^= 1;
   }
+};
+
+// COUNT slots of so many BYTES.
+template <int COUNT, int BYTES> struct Ring : Turn<COUNT> {
+  char* memory;
+  RingBarriers<COUNT>& barriers;
+
+  __device__ __forceinline__ Ring(char* memory, RingBarriers<COUNT>& barriers) : memory(memory), barriers(barriers) {}
 };
 
 // A whole warp. FLYING: bytes that may be on their way at the same time. More keep the memory no busier, but what the takers then
