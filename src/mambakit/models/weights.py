@@ -140,11 +140,26 @@ def write_tensors(weights: dict[str, Tensor], path: Path) -> None:
     """
     with atomic_write(path) as partial:
         if path.name == PICKLE:
-            with open(partial, "wb") as file:
-                torch.save(weights, file)
+            write_pickle(weights, partial)
         else:
             save_file(weights, partial, metadata={"format": "pt"})
     for name in (SAFETENSORS, PICKLE):
         for other in (path.with_name(name), path.with_name(f"{name}.index.json")):
             if other != path:
                 other.unlink(missing_ok=True)
+
+
+def write_pickle(value: object, path: Path) -> None:
+    """Write plain values and tensors as `torch.save` does, but let Ctrl-C stay KeyboardInterrupt.
+
+    Raises:
+        OSError: It cannot be written, as when the disk is full.
+    """
+    with open(path, "wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            # Interrupted in a write, torch complains of the file's length instead.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            raise

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from mambakit.errors import CheckpointError, TrainingError
 from mambakit.files import atomic_write
+from mambakit.models.weights import write_pickle
 from mambakit.reproduce.draws import Draws
 from mambakit.reproduce.evaluation import TRAINING, validate
 from mambakit.reproduce.experiment import Contestant, Task
@@ -128,7 +129,7 @@ class Training:
             **{name: getattr(self, name) for name in _PLAIN},
         }
         with atomic_write(self._path) as partial:
-            torch.save(state, partial)
+            write_pickle(state, partial)
 
     def _steps(self) -> Tensor:
         """Make data for some steps and do them; gives the sum of their losses."""

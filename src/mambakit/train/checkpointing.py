@@ -26,6 +26,7 @@ from mambakit.files import atomic_folder
 from mambakit.models.adapter import Adapter, is_adapter
 from mambakit.models.checkpoint import save_model
 from mambakit.models.language_model import MambaLanguageModel
+from mambakit.models.weights import write_pickle
 from mambakit.train.run_folder import CHECKPOINTS
 
 STATE_FILE = "training_state.pt"
@@ -87,8 +88,7 @@ def save_checkpoint(
             else:
                 adapter.save(partial)
             tokenizer.save(partial)
-            with open(partial / STATE_FILE, "wb") as file:
-                torch.save({"version": STATE_VERSION, "step": step, **state}, file)
+            write_pickle({"version": STATE_VERSION, "step": step, **state}, partial / STATE_FILE)
     except MambakitError as error:
         kept = list_checkpoints(run)
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no earlier one"

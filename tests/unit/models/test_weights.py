@@ -4,7 +4,10 @@ import json
 import os
 import pickle
 import re
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from mambakit.errors import CheckpointError
 from mambakit.models import MambaConfig, MambaLanguageModel, load_model, save_model
 from mambakit.models import weights as weights_module
-from mambakit.models.weights import open_tensors, read_tensors, weight_files
+from mambakit.models.weights import open_tensors, read_tensors, weight_files, write_pickle
 
 FILES = {"official": "pytorch_model.bin", "huggingface": "model.safetensors"}
 
@@ -251,3 +254,28 @@ def test_safetensors_come_before_pickles(saved, model):
         torch.save({"x": torch.ones(1)}, saved / "pytorch_model.bin")
     assert [path.name for path in weight_files(saved)] == ["model.safetensors"]
     assert load_file(saved / "model.safetensors").keys() == weights_of(saved).keys()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among its files")
+def test_ctrl_c_while_a_pickle_is_written_stays_ctrl_c(tmp_path) -> None:
+    # A pipe that nobody reads from holds the writer where the signal shall find it.
+    pipe = tmp_path / "pickle"
+    os.mkfifo(pipe)
+
+    def interrupt_and_drain() -> None:
+        with open(pipe, "rb") as file:
+            time.sleep(0.2)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            file.read()
+
+    thread = threading.Thread(target=interrupt_and_drain)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        write_pickle(torch.ones(1 << 20), pipe)
+    thread.join()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+def test_a_full_disk_under_a_pickle_says_so() -> None:
+    with pytest.raises(OSError, match="No space left on device"):
+        write_pickle(torch.ones(1 << 20), Path("/dev/full"))
