@@ -18,7 +18,8 @@ from mambakit.models import (
     quantise,
 )
 from mambakit.ops.cpu import model_step as ops
-from mambakit.ops.cpu.model_step import HEAD_ROWS
+from mambakit.ops.cpu.kernels.model_step import task_units
+from mambakit.ops.cpu.model_step import UNIT
 from mambakit.ops.model_layer import Layer
 
 CPU = torch.device("cpu")
@@ -274,6 +275,22 @@ def test_a_mixer_of_other_tensors_is_left_to_its_operations():
     assert_same_state(state, before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("units", [1, 2, 3, 48, 3143])
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_tasks_cover_all_units_and_shrink(units: int, threads: int) -> None:
+    tasks, last = [], 0
+    while last < units:
+        first, end = task_units(len(tasks), units, threads)
+        assert first == last < end
+        tasks.append(end - first)
+        last = end
+    assert tasks == sorted(tasks, reverse=True)
+    assert tasks[0] == -(-units // (2 * threads))
+    assert tasks[-1] == 1
+    first, end = task_units(len(tasks), units, threads)
+    assert first == end
+
+
 def test_who_waits_for_a_slow_thread_sleeps_and_goes_on(monkeypatch):
     model = make_model(d_model=96, vocab_size=1000)
     tokens, state = read(model, 1)
@@ -283,12 +300,14 @@ def test_who_waits_for_a_slow_thread_sleeps_and_goes_on(monkeypatch):
     def run(walk, threads, *args):
         head, rows, claimed, done = args[-4:]
         claimed[-1] = 1  # the first task of the head, by another thread
+        _, units = task_units(0, -(-model.config.vocab_size // UNIT), threads)
+        first_rows = units * UNIT
 
         def sleep(seconds: float) -> None:
             naps.append(seconds)
             if len(naps) == 3:
-                rows.logits[:, :HEAD_ROWS] = rows.normed.values @ head[:HEAD_ROWS].T
-                done[-1] += 1
+                rows.logits[:, :first_rows] = rows.normed.values @ head[:first_rows].T
+                done[-1] += units
 
         monkeypatch.setattr(time, "sleep", sleep)
         walk(0, 1, *args)

@@ -30,7 +30,7 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from mambakit.ops.cpu.kernels.linear import multiply
 
     y = x.new_empty(x.shape[0], weight.shape[0])
-    arrays = array(x.contiguous()), array(weight.contiguous()), vector(bias), array(y)
+    arrays = array(x.float().contiguous()), array(weight.contiguous()), vector(bias), array(y)
     if weight.numel() < SMALL:
         multiply(0, weight.shape[0], *arrays)
     else:

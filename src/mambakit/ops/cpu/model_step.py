@@ -24,8 +24,8 @@ from mambakit.ops.quantisation import GROUP_SIZES
 NAP_SECONDS = 1e-4
 
 
-IN_ROWS, X_ROWS, SCAN_CHANNELS, OUT_ROWS, HEAD_ROWS = 64, 8, 64, 32, 128
-"""Rows of a float32 matrix, or channels, in a task: 100 KB of weights, which take 10 microseconds."""
+UNIT = 16
+"""Rows of a matrix, or channels, in the smallest task: some microseconds, by which threads may end apart."""
 
 
 class Head(NamedTuple):
@@ -136,7 +136,7 @@ class ModelStep:
         """Share the tasks of the phases from first to end among threads."""
         self._counters[:] = 0
         threads = torch.get_num_threads() if self._weights > SMALL else 1
-        run(_walk, threads, first, end, self._sizes, *self._model, rows, *self._counters)
+        run(_walk, threads, first, end, threads, self._sizes, *self._model, rows, *self._counters)
         increment_version(self._states)
 
 
@@ -161,18 +161,16 @@ _NO_SCALES = np.empty((0, 0), np.uint16)
 
 
 def _sizes(layers: Sequence[Layer], head: Head) -> Any:
-    """Sizes of the model and of tasks, which hold as many bytes in any format, and whole groups of codes."""
+    """Sizes of the model and of units, which hold whole groups of what is rounded."""
     from mambakit.ops.cpu.kernels.model_step import Sizes
 
     first = layers[0]
     d_inner, d_state = first.A_log.shape
     d_model = first.out_proj.shape[0]
     dt_rank = first.x_proj.shape[0] - 2 * d_state
-    times = 1 if head.weight.dtype == torch.float32 else 2 if head.scales is None else 4
     return Sizes(
         len(layers), d_model, d_inner, d_state, first.conv.shape[-1], dt_rank,
-        in_rows=IN_ROWS * times, x_rows=X_ROWS, out_rows=OUT_ROWS * times, head_rows=HEAD_ROWS * times,
-        scan_channels=max(SCAN_CHANNELS, 0 if head.scales is None else max(GROUP_SIZES)),
+        rows=UNIT, channels=UNIT if head.scales is None else max(GROUP_SIZES),
     )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, int64, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
@@ -45,14 +44,14 @@ def _counter(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 
 
 @intrinsic
-def count(typingctx: Any, counters: Any, index: Any) -> Any:
-    """Add one to counters[index] (int64), whatever other threads do; what it was before."""
+def count(typingctx: Any, counters: Any, index: Any, number: Any) -> Any:
+    """Add a number to counters[index] (int64), whatever other threads do; what it was before."""
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        one = ir.Constant(ir.IntType(64), 1)
-        return builder.atomic_rmw("add", _counter(context, builder, sig, args), one, "acq_rel")
+        *place, number = args
+        return builder.atomic_rmw("add", _counter(context, builder, sig, place), number, "acq_rel")
 
-    return int64(counters, index), build
+    return int64(counters, index, int64), build
 
 
 @intrinsic

@@ -1,8 +1,9 @@
 """One decoding step of a whole model on the CPU.
 
 The threads walk through the same phases, five a layer and two of the head. The tasks of a phase are claimed one after
-another, so a thread that is disturbed, or late, holds up the others by one task at most. A phase begins when every
-task of the one before is done. Waiting for that takes less than a microsecond, as long as nobody sleeps.
+another, and each is smaller than the one before: a task costs a microsecond besides its work, so there should be few,
+and threads, one of which may be disturbed, or late, should end together. A phase begins when all of the one before is
+done. Waiting for that takes less than a microsecond, as long as nobody sleeps.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SPINS = 100_000
 
 
 class Sizes(NamedTuple):
-    """Sizes of the model; all that lies behind an address has these. And of tasks."""
+    """Sizes of the model; all that lies behind an address has these. And of units, of which tasks are made."""
 
     layers: int
     d_model: int
@@ -51,11 +52,8 @@ class Sizes(NamedTuple):
     d_state: int
     d_conv: int
     dt_rank: int
-    in_rows: int
-    x_rows: int
-    scan_channels: int
-    out_rows: int
-    head_rows: int
+    rows: int
+    channels: int
 
 
 class Rows(NamedTuple):
@@ -191,15 +189,11 @@ def scan(first, last, sizes, layer, mixer_eps, rows, head, steering):
 
 
 @register_jitable
-def task_size(part, is_head, sizes):
-    """Rows of a matrix, or channels, or rows of the batch, in a task."""
+def unit_size(part, sizes):
+    """Rows of a matrix, or channels, or rows of the batch, in a unit."""
     if part == NORM:
         return 1
-    if part == IN_PROJ:
-        return sizes.head_rows if is_head else sizes.in_rows
-    if part == X_PROJ:
-        return sizes.x_rows
-    return sizes.scan_channels if part == SCAN else sizes.out_rows
+    return sizes.channels if part in (IN_PROJ, SCAN) else sizes.rows
 
 
 @register_jitable
@@ -222,7 +216,8 @@ def run_task(
     is_head = index == sizes.layers
     if part == NORM:
         weight = norm_f if is_head else array_at(layer.norm, norm_f.shape, norm_f)
-        add_norm(first, weight, eps[index], rows, head)
+        for b in range(first, last):
+            add_norm(b, weight, eps[index], rows, head)
     elif part == IN_PROJ:
         if is_head:
             multiply(first, last, rows.normed, head, scales, rows.logits)
@@ -241,34 +236,42 @@ def run_task(
         multiply(first, last, rows.y, weight, scales, rows.hidden)
 
 
+@register_jitable
+def task_units(task, units, threads):
+    """First and last unit of a task, which takes half a thread's part of what the tasks before it leave."""
+    first = last = 0
+    for _ in range(task + 1):
+        first = last
+        last += (units - first + 2 * threads - 1) // (2 * threads)
+    return first, last
+
+
 @kernel
 def walk(
-    phase, end, sizes, layers, eps, mixer_eps, norm_f, steering, scales, head, rows, claimed, done
-):
+    phase, end, threads, sizes, layers, eps, mixer_eps, norm_f, steering, scales, head, rows, claimed, done,
+):  # fmt: skip
     """Take part in the phases from `phase` on; the phase in which waiting took too long, or `end`.
 
     layers: for each a record of addresses, of what `mambakit.ops.model_layer.Layer` names. eps: of each norm.
     mixer_eps: of the norms of dt, B and C, or None. norm_f: (M,), in the dtype of norms and convolutions.
     steering: an array of the dtype of x_proj and dt_proj. head: (V, M) in the dtype of the other matrices, or its
-    codes, and their scales. claimed, done: tasks of each phase, int64.
+    codes, and their scales. claimed, done: tasks and units of each phase, int64.
     """
     while phase < end:
         index, part = phase // PARTS, phase % PARTS
         layer = layers[min(index, sizes.layers - 1)]
-        size = task_size(part, index == sizes.layers, sizes)
-        whole = extent(part, index == sizes.layers, sizes, rows)
-        tasks = (whole + size - 1) // size
-        task = count(claimed, phase)
-        while task < tasks:
-            first, last = task * size, min((task + 1) * size, whole)
+        size, whole = unit_size(part, sizes), extent(part, index == sizes.layers, sizes, rows)
+        units = (whole + size - 1) // size
+        first, last = task_units(count(claimed, phase, 1), units, threads)
+        while first < last:
             run_task(
-                part, first, last, index, sizes, layer, eps, mixer_eps, norm_f, steering, scales,
-                head, rows,
+                part, first * size, min(last * size, whole), index, sizes, layer, eps, mixer_eps, norm_f,
+                steering, scales, head, rows,
             )  # fmt: skip
-            count(done, phase)
-            task = count(claimed, phase)
+            count(done, phase, last - first)
+            first, last = task_units(count(claimed, phase, 1), units, threads)
         spins = 0
-        while counted(done, phase) < tasks:
+        while counted(done, phase) < units:
             spins += 1
             if spins == SPINS:
                 return phase

@@ -11,12 +11,9 @@ import numpy as np
 from numba import types
 from numba.extending import overload, register_jitable
 
-from mambakit.ops.cpu.kernels.linear import product, vector_product
+from mambakit.ops.cpu.kernels.linear import product
 from mambakit.ops.cpu.kernels.memory import array_at
 from mambakit.ops.cpu.kernels.quantised_linear import quantised_product, round_groups
-
-LONG = 128
-"""Numbers of a float32 row, from which on LLVM's own vectors are the faster ones."""
 
 _FLOATS = (types.float32, types.uint16)
 
@@ -75,18 +72,9 @@ def multiply(first, last, operand, weight, scales, y):
 
 @overload(multiply)
 def _multiply(first, last, operand, weight, scales, y):
-    if weight.dtype == types.float32:
-
-        def float_product(first, last, operand, weight, scales, y):
-            if weight.shape[1] < LONG:
-                vector_product(first, last, operand.values, weight, y)
-            else:
-                product(first, last, operand.values, weight, None, y)
-
-        return float_product
-    if weight.dtype == types.uint16:
-        return lambda first, last, operand, weight, scales, y: vector_product(
-            first, last, operand.values, weight, y
+    if weight.dtype in _FLOATS:
+        return lambda first, last, operand, weight, scales, y: product(
+            first, last, operand.values, weight, None, y
         )
     return lambda first, last, operand, weight, scales, y: quantised_product(
         first, last, operand.codes, operand.steps, weight, scales, None, y
