@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from mambakit.generate.options import SamplingOptions
 from mambakit.generate.randomness import key_of, uniform
+from mambakit.ops.cpu.threads import serial
 from mambakit.ops.likeliest import NOT_FINITE, likeliest
 
 FIRST_TRY = 1024
@@ -61,6 +62,7 @@ class SamplingRows(NamedTuple):
         return SamplingRows(self.reals[first:last], self.integers[first:last])
 
 
+@serial
 def sample(
     logits: Tensor, rows: SamplingRows, method: Method, seen: Tensor | None = None
 ) -> Tensor:
@@ -137,6 +139,7 @@ def penalise(logits: Tensor, penalty: Tensor, seen: Tensor) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+@serial
 def log_probabilities(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Natural logarithms of probabilities under the model itself, before any option.
 

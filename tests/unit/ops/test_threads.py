@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mambakit.ops import rms_norm
-from mambakit.ops.cpu.threads import run
+from mambakit.ops.cpu.threads import SHARED, run, serial
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -71,3 +71,33 @@ def test_a_forked_child_starts_its_own_threads() -> None:
         assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_serial_function_has_a_thread_that_shares_nothing(threads: int) -> None:
+    @serial
+    def work(x: torch.Tensor, factor: int = 1) -> tuple[torch.Tensor, int, threading.Thread]:
+        return factor * x, torch.get_num_threads(), threading.current_thread()
+
+    for _ in range(2):
+        doubled, count, thread = work(torch.ones(SHARED), factor=2)
+        assert doubled.sum() == 2 * SHARED
+        assert count == 1
+        assert thread is not threading.current_thread()
+        assert torch.get_num_threads() == threads
+    _, count, thread = work(torch.ones(SHARED - 1))
+    assert count == threads
+    assert thread is threading.current_thread()
+
+
+def test_a_serial_function_leaves_new_threads_their_number(threads: int) -> None:
+    serial(torch.Tensor.sum)(torch.ones(SHARED))
+    counts: list[int] = []
+    thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert counts == [threads]
+
+
+def test_what_a_serial_function_raises_arrives() -> None:
+    with pytest.raises(RuntimeError, match="shape"):
+        serial(torch.Tensor.view)(torch.ones(SHARED), 7)

@@ -6,15 +6,24 @@ default layer aborts the process when two threads enter it, and its OpenMP layer
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+SHARED = 2**15
+"""Numbers from which on PyTorch shares an operation among threads."""
+
+_Params = ParamSpec("_Params")
+_Result = TypeVar("_Result")
 
 _pool: ThreadPoolExecutor | None = None
+_serial: ThreadPoolExecutor | None = None
 
 
 def run(kernel: Callable[..., None], tasks: int, *args: Any) -> None:
@@ -35,6 +44,35 @@ def run(kernel: Callable[..., None], tasks: int, *args: Any) -> None:
         future.result()
 
 
+def serial(
+    function: Callable[Concatenate[Tensor, _Params], _Result],
+) -> Callable[Concatenate[Tensor, _Params], _Result]:
+    """Let a function of a tensor of the CPU, and the operations of PyTorch in it, use one thread.
+
+    Threads among which PyTorch has shared an operation spin for milliseconds, should there be more to do: on the
+    cores that a kernel of ours needs next. It shares as many as the thread that asks has set, so one of our own asks.
+    The function must change nothing in place, since what `torch.inference_mode` and the like say holds for the caller.
+    """
+
+    @functools.wraps(function)
+    def call(first: Tensor, /, *args: _Params.args, **kwargs: _Params.kwargs) -> _Result:
+        if not first.is_cpu or first.numel() < SHARED:
+            return function(first, *args, **kwargs)
+        return _serial_thread().submit(function, first, *args, **kwargs).result()
+
+    return call
+
+
+def _serial_thread() -> ThreadPoolExecutor:
+    global _serial
+    if _serial is None:
+        threads = torch.get_num_threads()
+        _serial = ThreadPoolExecutor(1, "mambakit-serial", torch.set_num_threads, (1,))
+        _serial.submit(int).result()
+        torch.set_num_threads(threads)  # Of threads that are yet to come; ours keeps its own.
+    return _serial
+
+
 def _threads() -> ThreadPoolExecutor:
     global _pool
     if _pool is None:
@@ -43,8 +81,8 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def _forget() -> None:
-    global _pool
-    _pool = None
+    global _pool, _serial
+    _pool = _serial = None
 
 
 if hasattr(os, "register_at_fork"):  # threads do not live on in a forked child
