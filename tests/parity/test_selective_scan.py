@@ -115,7 +115,7 @@ def test_long_sequence(backend: str) -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_channels(backend: str, batch: int, d_inner: int, is_complex: bool) -> None:
     draws = [
-        case(batch, 21, d_inner, 32, is_complex=is_complex) for _ in range(max(1, 60 // d_inner))
+        case(batch, 21, d_inner, 32, is_complex=is_complex) for _ in range(max(1, 240 // d_inner))
     ]
     assert_accurate(scan, draws, backend)
 

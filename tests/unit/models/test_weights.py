@@ -268,11 +268,16 @@ def test_ctrl_c_while_a_pickle_is_written_stays_ctrl_c(tmp_path) -> None:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             file.read()
 
+    # Where tests run in the background of a shell, Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt_and_drain)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        write_pickle(torch.ones(1 << 20), pipe)
-    thread.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_pickle(torch.ones(1 << 20), pipe)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
