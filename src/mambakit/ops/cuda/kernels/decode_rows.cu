@@ -36,6 +36,7 @@ struct Block {
   static constexpr int TURNS = (OWN * SPREAD + 127) / 128, COLUMN_TURNS = (COLUMNS + 31) / 32;
   static constexpr int ROW_TURNS = (SHARE + WARPS - 1) / WARPS;
   float rates[TURNS][LANE_STATES], skips[TURNS];  // of the scan
+  Vector<float, LANE_STATES> states[TURNS];       // of the row that is scanned next
   float norm[COLUMN_TURNS];                       // the weights of the next one
   float stream[ROW_TURNS][COLUMN_TURNS] = {};     // of the residual stream, what this lane has
 
@@ -127,10 +128,13 @@ struct Block {
     // do_for(row, piece of it, piece of all, its words) of this thread's pieces.
     template <class Do> __device__ __forceinline__ void each(int rows, int channels, Do do_for) {
       const int pieces = channels * PAST / 8;
+      const unsigned inverse = pieces > 0 ? (1u << 20) / pieces + 1 : 0;  // place * inverse >> 20 is place / pieces
+      static_assert(SHARE * (PART * PAST / 8) * (PART * PAST / 8) < 1 << 20);
       int place = threadIdx.x;
 #pragma unroll
       for (uint4& piece : words) {
-        if (place < rows * pieces) do_for(place / pieces, place % pieces, place, piece);
+        const int row = place * inverse >> 20;
+        if (place < rows * pieces) do_for(row, place - row * pieces, place, piece);
         place += THREADS;
       }
     }
@@ -317,6 +321,7 @@ struct Block {
       hand_out_part<1>(z);
       receive_z(PART);
     }
+    if (at.rows > 0) take_states();
     receive_steering(l);
     write_states(layer, OWN - PART, new_states);
     forget_addresses();
@@ -328,44 +333,62 @@ struct Block {
   __device__ __forceinline__ int scanned(int i) const { return min(i * 128 + thread % 128, at.own * SPREAD - 1); }
   __device__ __forceinline__ bool is_scanned(int i) const { return i * 128 + thread % 128 < at.own * SPREAD; }
 
-  // A slot has states of two rows, of which each warpgroup has one.
-  __device__ __forceinline__ void scan(const Layer& layer) {
+  // Of a slot, which has states of two rows: those of this warpgroup's.
+  __device__ __forceinline__ void take_states() {
+    const float* const from = reinterpret_cast<const float*>(weights.await_slot()) + group * (at.own * D_STATE);
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) states[i] = ::read<LANE_STATES>(from + scanned(i) * LANE_STATES);
+    weights.release();
+  }
+  __device__ __forceinline__ int row_of_slot(int slot) const { return slot * STATE_ROWS + group; }
+
+  // A step of the states that were taken, which are those of row r.
+  __device__ __forceinline__ void scan_row(int r) {
+    if (r >= at.rows) return;
     const int n = thread % SPREAD * LANE_STATES;
-    for (int slot = 0; slot < at.state_slots(); ++slot) {
-      const int r = slot * STATE_ROWS + group;
-      const float* const states = reinterpret_cast<const float*>(weights.await_slot()) + group * (at.own * D_STATE);
-      // All is read before anything is written, so that nothing has to be in order.
-      Vector<float, LANE_STATES> before[TURNS];
+    float steps[TURNS], us[TURNS], gates[TURNS];
 #pragma unroll
-      for (int i = 0; i < TURNS; ++i) before[i] = ::read<LANE_STATES>(states + scanned(i) * LANE_STATES);
-      weights.release();
-      if (r >= at.rows) continue;
-      float steps[TURNS], us[TURNS], gates[TURNS];
-#pragma unroll
-      for (int i = 0; i < TURNS; ++i) {
-        const int c = scanned(i) / SPREAD;
-        steps[i] = to_float(shared.dt[r][c]), us[i] = to_float(shared.x[r][c]), gates[i] = to_float(shared.z[r][c]);
-      }
-      const Vector<float, LANE_STATES> B = ::read<LANE_STATES>(&shared.bc[r][n]), C = ::read<LANE_STATES>(&shared.bc[r][D_STATE + n]);
-      float* const to = layer.ssm_state + (at.first + r) * model.ssm_batch + (int64)at.channel * D_STATE;
-      float ys[TURNS];
-#pragma unroll
-      for (int i = 0; i < TURNS; ++i) {
-        float h[LANE_STATES], sum = 0.0f;
-#pragma unroll
-        for (int s = 0; s < LANE_STATES; ++s) {
-          h[s] = fmaf(exp2_approx(steps[i] * rates[i][s]), before[i].items[s], steps[i] * us[i] * B.items[s]);
-          sum = fmaf(C.items[s], h[s], sum);
-        }
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        ys[i] = fmaf(skips[i], us[i], sum) * gates[i] * sigmoid_of(gates[i]);
-        if (is_scanned(i)) write(to + scanned(i) * LANE_STATES, h);
-      }
-#pragma unroll
-      for (int i = 0; i < TURNS; ++i)
-        if (n == 0 && is_scanned(i)) shared.z[r][scanned(i) / SPREAD] = from_float<IO>(ys[i]);
+    for (int i = 0; i < TURNS; ++i) {
+      const int c = scanned(i) / SPREAD;
+      steps[i] = to_float(shared.dt[r][c]), us[i] = to_float(shared.x[r][c]), gates[i] = to_float(shared.z[r][c]);
     }
+    const Vector<float, LANE_STATES> B = ::read<LANE_STATES>(&shared.bc[r][n]), C = ::read<LANE_STATES>(&shared.bc[r][D_STATE + n]);
+    float ys[TURNS];
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int s = 0; s < LANE_STATES; ++s) {
+        float& h = states[i].items[s];
+        h = fmaf(exp2_approx(steps[i] * rates[i][s]), h, steps[i] * us[i] * B.items[s]);
+        sum = fmaf(C.items[s], h, sum);
+      }
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      ys[i] = fmaf(skips[i], us[i], sum) * gates[i] * sigmoid_of(gates[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i)
+      if (n == 0 && is_scanned(i)) shared.z[r][scanned(i) / SPREAD] = from_float<IO>(ys[i]);
+  }
+  __device__ __forceinline__ void write_states_of(const Layer& layer, int r) const {
+    if (r >= at.rows) return;
+    float* const to = layer.ssm_state + (at.first + r) * model.ssm_batch + (int64)at.channel * D_STATE;
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i)
+      if (is_scanned(i)) write_whole(to + scanned(i) * LANE_STATES, states[i].items);
+  }
+
+  // The first states have been taken. Writing the last ones does not keep y waiting.
+  __device__ __forceinline__ void scan(const Layer& layer) {
+    const int last = at.state_slots() - 1;
+#pragma unroll 1
+    for (int slot = 0; slot < last; ++slot) {
+      scan_row(row_of_slot(slot));
+      write_states_of(layer, row_of_slot(slot));
+      take_states();
+    }
+    if (last >= 0) scan_row(row_of_slot(last));
     meet();
     for (int i = thread; i < at.rows * (OWN / 8); i += THREADS) {
       const int r = i / (OWN / 8), c = i % (OWN / 8) * 8;
@@ -374,7 +397,8 @@ struct Block {
       *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&shared.z[r][c]);
     }
     meet();
-    if (thread == 0) count_up(model.counts->ys[at.cluster]);
+    if (thread == 0) count_up(model.counts->ys[at.cluster]), shared.counted.arrive();
+    if (last >= 0) write_states_of(layer, row_of_slot(last));
   }
 
   // A warp has whole rows of what this block has of the stream, to which add(r, m) is added. What does not exist adds what does, so
@@ -489,7 +513,7 @@ decode_rows(const __grid_constant__ Model model) {
   Shared& shared = *reinterpret_cast<Shared*>(x_memory + X_SLOTS * X_SLOT);
   if (threadIdx.x == 0) {
     shared.weights.make(WARPS), shared.xs.make(WARPS);
-    shared.received.make(1), shared.freed.make(CLUSTER * WARPS), shared.scaled.make(1), shared.projected.make(WARPS);
+    shared.received.make(1), shared.freed.make(CLUSTER * WARPS), shared.scaled.make(1), shared.projected.make(WARPS), shared.counted.make(1);
     BlockBarrier::publish();
   }
   __syncthreads();
@@ -499,7 +523,7 @@ decode_rows(const __grid_constant__ Model model) {
   if (threadIdx.x >= THREADS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
     const int warp = threadIdx.x / 32 - WARPS;
-    if (warp == 0) send_weights({memory, shared.weights}, model, at);
+    if (warp == 0) send_weights({memory, shared.weights}, shared, model, at);
     else if (warp == 1) send_x({x_memory, shared.xs}, model, at);
     else help(shared, model, at, warp - 2);
   } else {

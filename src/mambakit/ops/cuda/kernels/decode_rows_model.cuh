@@ -70,7 +70,8 @@ struct Shared {
   float prior[SHARE];                     // by which x has been multiplied
   RingBarriers<SLOTS> weights;
   RingBarriers<X_SLOTS> xs;
-  BlockBarrier received, freed, scaled, projected;  // sums, the room for them, scales, this block's part of steering
+  BlockBarrier received, freed, scaled;  // sums, the room for them, scales
+  BlockBarrier projected, counted;       // this block's part of what steers, and y, which has been counted up
 };
 constexpr int RINGS = SLOTS * SLOT + X_SLOTS * X_SLOT;
 static_assert(RINGS + sizeof(Shared) <= SHARED && RINGS + 64 * 128 <= SHARED);  // 64 rows of x are read, whatever is there

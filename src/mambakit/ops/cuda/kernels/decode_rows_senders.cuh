@@ -3,8 +3,11 @@
 #include "counts.cuh"
 #include "decode_rows_model.cuh"
 
+// Slots of out_proj that are sent before this block has handed on its y. More would keep y waiting, behind them in the memory's queues.
+constexpr int BEFORE_Y = 2;
+
 // The weights and states of this block, in the order of their use.
-__device__ __forceinline__ void send_weights(Sender<SLOTS, SLOT, IN_FLIGHT * SLOT> ring, const Model& model, const Place& at) {
+__device__ __forceinline__ void send_weights(Sender<SLOTS, SLOT, IN_FLIGHT * SLOT> ring, Shared& shared, const Model& model, const Place& at) {
   const int lane = threadIdx.x % 32, k = at.rank * (WIDTH / CLUSTER), long_k = at.rank * (CHANNELS / CLUSTER);
 #pragma unroll 1
   for (int l = 0; l < LAYERS; ++l) {
@@ -42,6 +45,16 @@ __device__ __forceinline__ void send_weights(Sender<SLOTS, SLOT, IN_FLIGHT * SLO
       if (lane == 2) full.copy(to + at.own * (D_STATE + 1) * 4, layer.dt_bias + at.channel, at.own * 4);
       if (lane == 3) full.copy(to + at.own * (D_STATE + 2) * 4, norm + at.column(), at.own);
     });
+    const auto send_states = [&](int i) {
+      const int count = min(STATE_ROWS, at.rows - i * STATE_ROWS);
+      ring.send(count * at.own * D_STATE * 4, [&](BlockBarrier& full, char* to) {
+        if (lane < count)
+          full.copy(to + lane * (at.own * D_STATE * 4),
+                    layer.ssm_state + (at.first + i * STATE_ROWS + lane) * model.ssm_batch + (int64)at.channel * D_STATE,
+                    at.own * D_STATE * 4);
+      });
+    };
+    if (at.rows > 0) send_states(0);  // which wait for dt in registers
 #pragma unroll 1
     for (int first = 0; first < at.own; first += few_rows(RANK)) {  // in eight pieces: a copy of each row would take too long
       const int count = min(few_rows(RANK), at.own - first), piece = count / 8 * RANK * 2;
@@ -50,22 +63,16 @@ __device__ __forceinline__ void send_weights(Sender<SLOTS, SLOT, IN_FLIGHT * SLO
       });
     }
 #pragma unroll 1
-    for (int i = 0; i < at.state_slots(); ++i) {
-      const int count = min(STATE_ROWS, at.rows - i * STATE_ROWS);
-      ring.send(count * at.own * D_STATE * 4, [&](BlockBarrier& full, char* to) {
-        if (lane < count)
-          full.copy(to + lane * (at.own * D_STATE * 4),
-                    layer.ssm_state + (at.first + i * STATE_ROWS + lane) * model.ssm_batch + (int64)at.channel * D_STATE,
-                    at.own * D_STATE * 4);
-      });
-    }
+    for (int i = 1; i < at.state_slots(); ++i) send_states(i);
 #pragma unroll 1
-    for (int i = 0; i < CHANNELS / CLUSTER / (2 * BOX); ++i)
+    for (int i = 0; i < CHANNELS / CLUSTER / (2 * BOX); ++i) {
+      if (i == BEFORE_Y) shared.counted.await(l & 1);
       ring.send(at.own * 128, [&](BlockBarrier& full, char* to) {
         const int unit = lane / 2, box = lane % 2;
         if (unit >= at.own / 16) return;
         full.copy_box(to + box * (SLOT / 2) + unit * 8 * 128, model.out_proj[l], long_k + (2 * i + box) * BOX, at.column() + unit * 8);
       });
+    }
   }
   for (int first = 0; first < at.head_count; first += OWN) {
     const int boxes = min(OWN, at.head_count - first) / 16;
