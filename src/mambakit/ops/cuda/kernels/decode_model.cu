@@ -275,7 +275,7 @@ struct Block {
 #pragma unroll
       for (int offset = SPREAD / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
       if (!exists) continue;
-      write(state + b * model.ssm_batch, h);
+      write_whole(state + b * model.ssm_batch, h);
       if (part == 0) y[b * CHANNELS + channel] = from_float<IO>(fmaf(skip, u, sum) * gate * sigmoid_of(gate));
     }
   }
