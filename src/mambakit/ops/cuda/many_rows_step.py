@@ -81,7 +81,7 @@ def plan(shape: Shape, batch: int, clusters: int) -> Layout | None:
         4 * share * (sums + 2 * states)  # And B and C
         + 2 * (rows + share) * (own + 8)  # x, z
         + 2 * rows * (rank + 8)
-        + 2 * share * own  # dt
+        + 2 * share * (own + 2)  # dt
         + 4 * (2 * tile + share + own)  # Scales, biases
         + 512
     )

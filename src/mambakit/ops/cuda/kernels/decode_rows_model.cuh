@@ -64,7 +64,7 @@ struct Shared {
   alignas(16) IO z[SHARE][OWN + 8];       // and then y
   alignas(16) IO low[TILE_ROWS][RANK + 8];
   alignas(16) float bc[SHARE][2 * D_STATE];
-  IO dt[SHARE][OWN];
+  IO dt[SHARE][OWN + 2];                  // so that a warp of dt_proj, with 8 rows and every 16th channel, writes to 32 banks
   float biases[OWN];                      // of dt
   float scales[BATCH], factors[BATCH];    // of the norm, and by which sums are multiplied
   float prior[SHARE];                     // by which x has been multiplied
