@@ -127,6 +127,22 @@ def test_long_prompts_by_graphs(model):
     assert [done.tokens for done in graphs] == [done.tokens for done in plain]
 
 
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize(
+    ("slots", "d_model"), [(8, 768), (20, 768), (20, 128), (8, 128), (130, 128)]
+)
+def test_a_request_gets_the_same_bits_alone(slots, d_model, cuda_graphs):
+    """Of up to 8 rows in one kernel, of many, of kernels with products of their own, and of the library's."""
+    torch.manual_seed(0)
+    config = MambaConfig(d_model=d_model, n_layer=3, vocab_size=1000)
+    bfloat16 = MambaLanguageModel(config).cuda().bfloat16()
+    engine = Engine(bfloat16, slots=slots, cuda_graphs=cuda_graphs, batch_invariant=True)
+    several = requests(2 * slots, logprobs=2)
+    together = engine.generate(several)
+    for number in (0, 1, 2, slots + 3):
+        assert engine.generate([several[number]]) == [together[number]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_again(dtype):
     torch.manual_seed(0)

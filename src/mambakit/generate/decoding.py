@@ -12,7 +12,9 @@ from torch import Tensor
 from mambakit.generate.graphs import beside, capture
 from mambakit.generate.sampling import Method, sample
 from mambakit.generate.slots import Slots
+from mambakit.models.fused_step import gives_same_bits
 from mambakit.models.language_model import MambaLanguageModel
+from mambakit.models.state import ModelState
 
 
 class Chosen(NamedTuple):
@@ -32,17 +34,28 @@ class Decoder:
         model: The model.
         size: Most sequences at once.
         graphs: Whether to capture CUDA graphs.
+        batch_invariant: Whether a sequence gets the same bits whatever else is in the batch, on a GPU
+            too. Then batches of which it would get others are steps of more rows.
 
     Attributes:
         slots: The sequences.
     """
 
-    def __init__(self, model: MambaLanguageModel, size: int, graphs: bool) -> None:
+    def __init__(
+        self,
+        model: MambaLanguageModel,
+        size: int,
+        graphs: bool,
+        batch_invariant: bool = False,
+    ) -> None:
         self.slots = Slots(model, size)
         self._model = model
         self._vocab_size = model.config.vocab_size
         self._steps: dict[int, Callable[[Tensor], Tensor]] = {}
         self._buckets = buckets(size)
+        if batch_invariant:
+            self._buckets = same_bits(model, self.slots.state(size), self._buckets)
+        self._fills_up = batch_invariant
         self._graphs: dict[tuple[int, Method], tuple[torch.cuda.CUDAGraph, Chosen]] = {}
         if graphs:
             self._capture()
@@ -54,11 +67,12 @@ class Decoder:
     def step(self, method: Method) -> Chosen:
         """Continue all sequences; the method is the most that any of them needs."""
         count = self.slots.taken
-        if not self._graphs:
-            return self._step(count, method)
         bucket = next(size for size in self._buckets if size >= count)
-        graph, chosen = self._graphs[bucket, method]
-        graph.replay()
+        if self._graphs:
+            graph, chosen = self._graphs[bucket, method]
+            graph.replay()
+        else:
+            chosen = self._step(bucket if self._fills_up else count, method)
         return Chosen(chosen.tokens[:count], chosen.logits[:count])
 
     @torch.no_grad()
@@ -98,3 +112,16 @@ def buckets(size: int) -> list[int]:
         [1, 2, 4, 6]
     """
     return [*(2**power for power in range((size - 1).bit_length())), size]
+
+
+def same_bits(model: MambaLanguageModel, state: ModelState, sizes: list[int]) -> list[int]:
+    """Those sizes of a batch with which a sequence gets the same bits as with the last.
+
+    On a GPU one row is not among them: its cumulative sums, which sampling takes, go in another order.
+    """
+    fewest = 1 if state.layers[0].ssm_state.device.type == "cpu" else 2
+    return [
+        size
+        for size in sizes
+        if size == sizes[-1] or (size >= fewest and gives_same_bits(model, state, size, sizes[-1]))
+    ]

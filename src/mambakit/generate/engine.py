@@ -38,8 +38,8 @@ class Engine:
     A step of the engine adds one token to every request that is being continued, then reads on in
     the prompts that wait, at most `chunk` tokens, taking turns: a long prompt stalls neither the
     requests under way nor shorter prompts. On the CPU the tokens of a request are, bit for bit, those
-    that it would get alone (float32 and bfloat16); on an accelerator up to the rounding of sums,
-    which may depend on the size of the batch.
+    that it would get alone (float32 and bfloat16); on a GPU with `batch_invariant`, else up to the
+    rounding of sums, which may depend on the size of the batch.
 
     Requests can be submitted and cancelled from any thread. Who waits for one steps the engine,
     or a background thread does: between `start` and `stop`, or in a `with` block.
@@ -59,6 +59,10 @@ class Engine:
             operation by operation.
         prompt_graphs: The same for the reading of chunks, which pays from some dozens of prompts on. Default:
             as `cuda_graphs`.
+        batch_invariant: On a GPU, whether a request gets the same logits, bit for bit, whatever else is
+            in the batch. Steps then have kernels in common, if need be by working on free rows: in half
+            precision on Hopper an engine of up to 8 slots steps at least 2 rows, one of 9 to 128 at
+            least 16, and one of more always all.
 
     Raises:
         ArgumentError: An argument is out of range, or so many slots do not fit into the memory;
@@ -85,6 +89,7 @@ class Engine:
         prefix_cache: PrefixCache | None = None,
         cuda_graphs: bool = True,
         prompt_graphs: bool | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         for name, value in (("slots", slots), ("chunk", chunk)):
             if value is not None and value < 1:
@@ -99,7 +104,13 @@ class Engine:
         with self._on_device():
             prompts = cuda_graphs if prompt_graphs is None else prompt_graphs
             read_chunk, self._decoder = prepare(
-                model, slots, chunk, self._device, steps=cuda_graphs, prompts=prompts
+                model,
+                slots,
+                chunk,
+                self._device,
+                steps=cuda_graphs,
+                prompts=prompts,
+                batch_invariant=batch_invariant,
             )
 
         self._arrivals: queue.SimpleQueue[Task] = queue.SimpleQueue()

@@ -22,6 +22,7 @@ def prepare(
     *,
     steps: bool,
     prompts: bool,
+    batch_invariant: bool = False,
 ) -> tuple[ReadChunk, Decoder]:
     """What reads chunks of prompts, and a decoder of so many slots; on a GPU after running all they will run.
 
@@ -32,6 +33,7 @@ def prepare(
         device: Where the model is.
         steps: Whether steps are CUDA graphs, on a GPU.
         prompts: Whether the reading of chunks is.
+        batch_invariant: Of the decoder.
 
     Raises:
         ArgumentError: They do not fit into the memory.
@@ -44,7 +46,7 @@ def prepare(
     fits = slots
     while fits:
         try:
-            prepared = _tried(model, fits, chunk, device, steps, prompts)
+            prepared = _tried(model, fits, chunk, device, steps, prompts, batch_invariant)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             fits //= 2
@@ -78,13 +80,14 @@ def _tried(
     device: torch.device,
     steps: bool,
     prompts: bool,
+    batch_invariant: bool,
 ) -> tuple[ReadChunk, Decoder]:
     if prompts:
         read: ReadChunk = PromptGraphs(model, chunk).read
     else:
         read = chunk_reader(model, device)
         read(torch.zeros(1, chunk, dtype=torch.int64), None)
-    return read, Decoder(model, slots, graphs=steps)
+    return read, Decoder(model, slots, graphs=steps, batch_invariant=batch_invariant)
 
 
 def _refusal(slots: int, fits: int, device: torch.device) -> ArgumentError:

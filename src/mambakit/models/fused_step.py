@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -64,12 +63,22 @@ def fused_step(
         around = embedding.weight, norm_f.weight, head.weight
         if not cuda.model_step.suitable(layers, around):
             return None
-        return partial(cuda.model_step.model_step, layers, *around, eps)
+        step: Callable[[Tensor], Tensor] = cuda.model_step.ModelStep(layers, around, eps)
+        return step
     last = on_cpu.Head(norm_f.weight, *_matrix(head))
     if not on_cpu.suitable(layers, last):
         return None
     whole = on_cpu.ModelStep(layers, last, eps, config.mixer_norm_epsilon)
     return lambda tokens: whole(embedding(tokens).detach().float())
+
+
+def gives_same_bits(model: MambaLanguageModel, state: ModelState, batch: int, other: int) -> bool:
+    """Whether a step of so many rows of this state gives each the same bits as one of so many others."""
+    device = state.layers[0].ssm_state.device
+    if batch == other or device.type == "cpu":
+        return True
+    fused = fused_step(model, device, state)
+    return isinstance(fused, cuda.model_step.ModelStep) and fused.gives_same_bits(batch, other)
 
 
 _KINDS = (

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mambakit.generate import Engine, Request, SamplingOptions
-from mambakit.generate.decoding import Chosen, Decoder
+from mambakit.generate import Engine, Request, SamplingOptions, decoding
+from mambakit.generate.decoding import Chosen, Decoder, buckets, same_bits
 from mambakit.generate.sampling import Method
 
 OPTIONS = [
@@ -47,3 +47,27 @@ def test_graphs_of_more_rows_than_are_taken_change_nothing(small, slots):
     assert engine.generate(requests) == expected
     assert {bucket for bucket, _ in replayed} == set(decoder._buckets)
     assert {method for _, method in replayed} >= {Method.DRAW, Method.CUT}
+
+
+def test_a_batch_is_filled_up_to_one_that_gives_the_same_bits(small, monkeypatch):
+    monkeypatch.setattr(decoding, "gives_same_bits", lambda _, __, size, last: size > 3)
+    requests = [
+        Request(prompt=[n, 1], options=OPTIONS[n % 3], max_tokens=3 + n, seed=n) for n in range(6)
+    ]
+    expected = Engine(small, slots=12).generate(requests)
+    engine = Engine(small, slots=12)
+    engine._decoder = Decoder(small, 12, graphs=False, batch_invariant=True)
+    assert engine._decoder._buckets == [4, 8, 12]
+    stepped, step = [], engine._decoder._step
+    monkeypatch.setattr(
+        engine._decoder,
+        "_step",
+        lambda count, method: (stepped.append(count), step(count, method))[1],
+    )
+    assert engine.generate(requests) == expected
+    assert set(stepped) == {4, 8}
+
+
+def test_on_a_cpu_all_batches_give_the_same_bits(small):
+    sizes = buckets(20)
+    assert same_bits(small, small.initial_state(20), sizes) == sizes

@@ -9,6 +9,7 @@ what the tensor cores do not take, the products are PyTorch's (cuBLAS).
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -39,6 +40,21 @@ THREADS = 128
 
 PROJECTED_ROWS, PROJECTED_HELD = 4, 2
 """Of a block of the scan that has no projection to do, and of these, how many have their states on the way."""
+
+
+class Kernels(enum.Enum):
+    """What does a step: but for the library's products a row gets the same bits with the same ones."""
+
+    ONE = enum.auto()
+    """`one_kernel_step`."""
+    ONE_OF_MANY_ROWS = enum.auto()
+    """`many_rows_step`."""
+    TENSOR_CORES = enum.auto()
+    """Several, with the products of `tensor_core_products`."""
+    FEW_ROWS = enum.auto()
+    """Several, with products number by number."""
+    LIBRARY = enum.auto()
+    """Several, and PyTorch's products."""
 
 
 class Residual(NamedTuple):
@@ -78,6 +94,42 @@ def suitable(layers: Sequence[Layer], around: Sequence[Tensor]) -> bool:
     return all(t.dtype is dtype and t.device == device and t.is_contiguous() for t in around)
 
 
+def kernels_of(layers: Sequence[Layer], around: Sequence[Tensor], batch: int) -> Kernels:
+    """What does a step of so many rows; arguments as for `suitable`, which they are."""
+    if one_kernel_step.suitable(layers, around, batch):
+        return Kernels.ONE
+    if many_rows_step.suitable(layers, around, batch):
+        return Kernels.ONE_OF_MANY_ROWS
+    if are_for_tensor_cores(layers[0], batch):
+        return Kernels.TENSOR_CORES
+    return Kernels.FEW_ROWS if batch <= MOST_ROWS else Kernels.LIBRARY
+
+
+class ModelStep:
+    """`model_step` of the tensors that these are now.
+
+    Args:
+        layers: First layer first.
+        around: The embedding, (V, M), and the weights of the last norm and the head.
+        eps: Of the norm of each layer, and of the last norm.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], around: Sequence[Tensor], eps: Sequence[float]
+    ) -> None:
+        self._layers, self._around, self._eps = layers, around, eps
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits, (B, V), of tokens, (B,); the states move on."""
+        embedding, norm_f, head = self._around
+        return model_step(self._layers, embedding, norm_f, head, self._eps, tokens)
+
+    def gives_same_bits(self, batch: int, other: int) -> bool:
+        """Whether a row gets the same bits among so many rows as among so many others."""
+        kernels = [kernels_of(self._layers, self._around, rows) for rows in (batch, other)]
+        return batch == other or (kernels[0] is kernels[1] is not Kernels.LIBRARY)
+
+
 @torch.no_grad()
 def model_step(
     layers: Sequence[Layer],
@@ -105,14 +157,14 @@ def model_step(
     batch = tokens.shape[0]
     if batch == 0:
         return head.new_empty(0, head.shape[0])
-    around = embedding, norm_f, head
-    if one_kernel_step.suitable(layers, around, batch):
+    kernels = kernels_of(layers, (embedding, norm_f, head), batch)
+    if kernels is Kernels.ONE:
         logits = one_kernel_step.step(tokens, embedding, layers, norm_f, head, eps)
-    elif many_rows_step.suitable(layers, around, batch):
+    elif kernels is Kernels.ONE_OF_MANY_ROWS:
         logits = many_rows_step.step(tokens, embedding, layers, norm_f, head, eps)
     else:
-        is_ours = batch <= MOST_ROWS or are_for_tensor_cores(layers[0], batch)
-        step = _with_own_products if is_ours else _with_library_products
+        is_library = kernels is Kernels.LIBRARY
+        step = _with_library_products if is_library else _with_own_products
         logits = step(tokens, embedding, layers, norms, head, eps)
     increment_version([*chain.from_iterable((la.conv_state, la.ssm_state) for la in layers)])
     return logits

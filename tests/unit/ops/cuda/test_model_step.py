@@ -6,7 +6,8 @@ import pytest
 import torch
 from zero_layers import zero_layer
 
-from mambakit.ops.cuda.model_step import suitable
+from mambakit.ops.cuda import many_rows_step, model_step, one_kernel_step
+from mambakit.ops.cuda.model_step import Kernels, ModelStep, kernels_of, suitable
 from mambakit.ops.model_layer import Layer
 
 BATCH, D_MODEL, D_INNER, RANK = 2, 24, 48, 2
@@ -79,3 +80,35 @@ def test_states_in_a_pool() -> None:
     assert is_suitable(layer._replace(conv_state=taps_outside, ssm_state=pool[:BATCH, 1]))
     states_outside = layer.ssm_state.transpose(1, 2).contiguous().transpose(1, 2)
     assert not is_suitable(layer._replace(ssm_state=states_outside))
+
+
+@pytest.mark.parametrize("has_one", [True, False])
+@pytest.mark.parametrize("has_tensor_cores", [True, False])
+def test_what_does_a_step_of_so_many_rows(
+    has_one: bool, has_tensor_cores: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def most(rows: int) -> object:
+        return lambda *arguments: has_one and arguments[-1] <= rows
+
+    monkeypatch.setattr(one_kernel_step, "suitable", most(8))
+    monkeypatch.setattr(many_rows_step, "suitable", most(128))
+    monkeypatch.setattr(
+        model_step, "are_for_tensor_cores", lambda _, rows: has_tensor_cores and 5 <= rows <= 64
+    )
+    few = Kernels.ONE if has_one else Kernels.FEW_ROWS
+    some = Kernels.TENSOR_CORES if has_tensor_cores else Kernels.FEW_ROWS
+    many = Kernels.TENSOR_CORES if has_tensor_cores else Kernels.LIBRARY
+    expected = {1: few, 4: few, 5: few if has_one else some, 8: few if has_one else some}
+    expected |= dict.fromkeys((9, 64), Kernels.ONE_OF_MANY_ROWS if has_one else many)
+    expected |= dict.fromkeys((65, 128), Kernels.ONE_OF_MANY_ROWS if has_one else Kernels.LIBRARY)
+    expected |= {129: Kernels.LIBRARY}
+    assert {rows: kernels_of([make_layer()], [], rows) for rows in expected} == expected
+
+    step = ModelStep([make_layer()], [], [])
+    assert step.gives_same_bits(1, 4)
+    assert step.gives_same_bits(1, 8) == (has_one or not has_tensor_cores)
+    assert step.gives_same_bits(9, 64) == (has_one or has_tensor_cores)
+    assert step.gives_same_bits(9, 128) == has_one
+    assert not step.gives_same_bits(8, 9) or (has_tensor_cores and not has_one)
+    assert not step.gives_same_bits(129, 130)
+    assert step.gives_same_bits(130, 130)
