@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -120,18 +121,26 @@ def _cut(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     if probs.device.type == "cpu":  # Elsewhere to look at numbers would be to wait for them.
         count = min(max(FIRST_TRY, int(torch.where(has_k, top_k, 1).max())), vocab_size)
     while True:
-        largest = probs.topk(count).values
+        largest = _largest(probs, count)
         last = top_k.clamp(max=count) - 1
         kth = torch.where(has_k, largest.gather(1, last), 0)
         total = torch.where(largest < kth, 0, largest).cumsum(dim=-1)
         wanted = top_p * torch.where(has_k, total.gather(1, last), 1)
         if count == vocab_size or bool(((total[:, -1:] >= wanted) | ~has_p).all()):
             break
-        count = min(8 * count, vocab_size)
+        count = vocab_size
     # The nucleus are the largest until they reach what is wanted, together with ties of the last.
     is_within = pad(total[:, :-1], (1, 0)) < wanted
     smallest = torch.where(is_within, largest, torch.inf).amin(dim=-1, keepdim=True)
     return torch.where(probs < torch.maximum(kth, torch.where(has_p, smallest, 0)), 0, probs)
+
+
+def _largest(probs: Tensor, count: int) -> Tensor:
+    """The largest numbers of each row, (B, count), in descending order."""
+    if count < probs.shape[-1] or probs.device.type != "cpu":
+        return probs.topk(count).values
+    # NumPy sorts with vectors, in a quarter of the time.
+    return torch.from_numpy(np.sort(probs.detach().numpy(), axis=-1)).flip(-1)
 
 
 def penalise(logits: Tensor, penalty: Tensor, seen: Tensor) -> Tensor:
