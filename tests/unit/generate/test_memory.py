@@ -58,9 +58,10 @@ def test_memory_of_this_machine():
     assert free_memory(torch.device("meta")) is None
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("prompts", [False, True])
 @pytest.mark.parametrize("steps", [False, True])
-def test_graphs_of_steps_and_of_prompts(small, monkeypatch, steps, prompts):
+def test_graphs_of_steps_and_of_prompts(small, monkeypatch, steps, prompts, batch_invariant):
     captured = []
 
     class Graphs:
@@ -68,13 +69,13 @@ def test_graphs_of_steps_and_of_prompts(small, monkeypatch, steps, prompts):
             captured.append(chunk)
             self.read = "by graphs"
 
-    def decoder(model, slots, graphs):
-        captured.append(graphs)
+    def decoder(model, slots, graphs, batch_invariant):
+        captured.append((graphs, batch_invariant))
         return "decoder"
 
     monkeypatch.setattr(memory, "PromptGraphs", Graphs)
     monkeypatch.setattr(memory, "Decoder", decoder)
-    read, found = memory._tried(small, 3, 8, CPU, steps, prompts)
+    read, found = memory._tried(small, 3, 8, CPU, steps, prompts, batch_invariant)
     assert found == "decoder"
-    assert captured == ([8, steps] if prompts else [steps])
+    assert captured == [*([8] if prompts else []), (steps, batch_invariant)]
     assert (read == "by graphs") == prompts
