@@ -61,8 +61,8 @@ class Engine:
             as `cuda_graphs`.
         batch_invariant: On a GPU, whether a request gets the same logits, bit for bit, whatever else is
             in the batch. Steps then have kernels in common, if need be by working on free rows: in half
-            precision on Hopper an engine of up to 8 slots steps at least 2 rows, one of 9 to 128 at
-            least 16, and one of more always all.
+            precision on Hopper an engine of up to 8 slots steps at least 2 rows, one of 16 to 128 at
+            least 16, and any other always all.
 
     Raises:
         ArgumentError: An argument is out of range, or so many slots do not fit into the memory;
