@@ -42,6 +42,9 @@ IN_FLIGHT, IN_FLIGHT_OF_MANY = 2, 3
 """Slots of weights, as full ones, that a block has on their way (as in `one_kernel_step`); and for more than 64 rows,
 whose scan waits for nothing but memory: on an H200 2 % faster, on an H100 as fast."""
 
+ENOUGH_SLOTS = 5
+"""Of the ring of weights, before that of x gets a fourth one."""
+
 MOST_SLOTS = 32
 """Of the ring; more would not be used."""
 
@@ -72,21 +75,26 @@ def plan(shape: Shape, batch: int, clusters: int) -> Layout | None:
         return None
     tile = tile_of(batch)
     own, share, tiles = _own(shape, clusters), tile // CLUSTER, -(-tile // 64)
-    slot, x_slot, x_slots = 128 * own, 128 * tile, 4 if tiles == 1 else 3
+    slot, x_slot = 128 * own, 128 * tile
     if own > MOST_OWN or rank * 2 + 16 > slot // 8:  # Eight rows of dt_proj do not fit into a slot.
         return None
     sums = max(CLUSTER * _pitch(own // tiles), CLUSTER * (3 - tiles) * _pitch(own // 2))
     rows = max(16, share)
+    steering = 2 * rows * (rank + 8) + 4 * share * 2 * states + 2 * share * (own + 2)  # dt's rank, B and C, dt
     used = (
-        4 * share * (sums + 2 * states)  # And B and C
+        max(4 * share * sums, steering)
         + 2 * (rows + share) * (own + 8)  # x, z
-        + 2 * rows * (rank + 8)
-        + 2 * share * (own + 2)  # dt
         + 4 * (2 * tile + share + own)  # Scales, biases
         + 512
     )
-    slots = min((SHARED - used - x_slots * (x_slot + 4)) // (slot + 20), MOST_SLOTS)
-    return Layout(slots, x_slots) if slots >= 2 else None
+
+    def layout(x_slots: int) -> Layout:
+        return Layout(min((SHARED - used - x_slots * (x_slot + 4)) // (slot + 20), MOST_SLOTS), x_slots)
+
+    found = layout(3 if tile == 64 else 4)
+    if found.slots < ENOUGH_SLOTS:
+        found = layout(3)
+    return found if found.slots >= 2 else None
 
 
 def suitable(layers: Sequence[Layer], around: Sequence[Tensor], batch: int) -> bool:

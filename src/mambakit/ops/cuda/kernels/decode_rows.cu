@@ -187,40 +187,57 @@ struct Block {
     weights.release();
   }
 
-  // Rows of a matrix that were sent whole, by rows of A in shared memory; end(row of A, two rows of the matrix, their sums). IN_PIECES:
-  // a slot is eight pieces with gaps between them, and eight rows that are multiplied together are one of each.
+  static constexpr int SIXTEENS = TILE_ROWS / 16;  // rows of this block's part of the batch
+  using FewSums = float[SIXTEENS][4];
+  // do_for(row, its two sums), without a branch between them.
+  template <class Do> __device__ __forceinline__ void each_row(const FewSums& sums, Do do_for) const {
+#pragma unroll
+    for (int m = 0; m < SIXTEENS; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) do_for(16 * m + lane / 4 + 8 * half, sums[m][2 * half], sums[m][2 * half + 1]);
+  }
+
+  // Rows of a matrix that were sent whole, by rows of A in shared memory; end(two rows of the matrix, their sums). IN_PIECES: a slot
+  // is eight pieces with gaps between them, and eight rows that are multiplied together are one of each.
   template <int COLUMNS_OF, bool IN_PIECES, class End>
   __device__ __forceinline__ void few(const IO* A, int rows, int columns, End end) {
-    constexpr int LINE = line_of(COLUMNS_OF);
-    const int g = lane / 4, t = lane % 4;
+    constexpr int LINE = line_of(COLUMNS_OF), STEPS = COLUMNS_OF / 16;
+    constexpr bool KEPT = STEPS * SIXTEENS <= 18;  // there are registers for all of A
+    uint4 factors[STEPS][SIXTEENS];
+    const auto read_factors = [&] {
+#pragma unroll
+      for (int k = 0; k < STEPS; ++k)
+#pragma unroll
+        for (int m = 0; m < SIXTEENS; ++m)
+          factors[k][m] = read_matrices(reinterpret_cast<const char*>(A) + (16 * m + lane % 16) * LINE + lane / 16 * 16 + 32 * k);
+    };
+    if constexpr (KEPT) read_factors();
     for (int start = 0; start < rows; start += few_rows(COLUMNS_OF)) {
       const char* const slot = weights.await_slot();
       const int count = min(few_rows(COLUMNS_OF), rows - start), piece = count / 8;
       for (int eight = warp; eight < piece; eight += WARPS) {
         const int row = lane % 8, at_row = IN_PIECES ? row * (piece * COLUMNS_OF * 2 + 16) + eight * COLUMNS_OF * 2 : (8 * eight + row) * LINE;
-        const char* const a = reinterpret_cast<const char*>(A) + lane % 16 * LINE + lane / 16 * 16;
         const char* const b = slot + at_row + lane / 8 * 16;
-        float sums[TILE_ROWS / 16][4] = {}, odd[TILE_ROWS / 16][4] = {};
-        const auto exists = [&](int k) { return k < 2 * COLUMNS_OF - 32 || k < 2 * columns; };  // at most sixteen are missing
+        uint4 words[(STEPS + 1) / 2];  // of two products each
 #pragma unroll
-        for (int k = 0; k < 2 * COLUMNS_OF; k += 64) {  // two products
-          const uint4 words = read_matrices(b + k);
+        for (int i = 0; i < (STEPS + 1) / 2; ++i) words[i] = read_matrices(b + 64 * i);
+        if constexpr (!KEPT) read_factors();
+        FewSums sums = {}, odd = {};
 #pragma unroll
-          for (int m = 0; m < TILE_ROWS / 16; ++m) {
-            const uint4 first = read_matrices(a + m * 16 * LINE + k);
-            if (exists(k)) multiply_add<IO>(sums[m], first, words.x, words.y);
-            if (k + 32 >= 2 * COLUMNS_OF) continue;
-            const uint4 second = read_matrices(a + m * 16 * LINE + k + 32);
-            if (exists(k + 32)) multiply_add<IO>(odd[m], second, words.z, words.w);
-          }
+        for (int k = 0; k < STEPS; ++k) {
+          const uint4& both = words[k / 2];
+          if (k == STEPS - 1 && k * 16 >= columns) continue;  // at most sixteen are missing
+#pragma unroll
+          for (int m = 0; m < SIXTEENS; ++m)
+            multiply_add<IO>((k % 2 ? odd : sums)[m], factors[k][m], k % 2 ? both.z : both.x, k % 2 ? both.w : both.y);
         }
-        const auto row_of = [&](int i) { return start + (IN_PIECES ? i * piece + eight : 8 * eight + i); };
 #pragma unroll
-        for (int m = 0; m < TILE_ROWS / 16; ++m)
+        for (int m = 0; m < SIXTEENS; ++m)
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
-            end(16 * m + g + 8 * half, row_of(2 * t), row_of(2 * t + 1), sums[m][2 * half] + odd[m][2 * half],
-                sums[m][2 * half + 1] + odd[m][2 * half + 1]);
+          for (int i = 0; i < 4; ++i) sums[m][i] += odd[m][i];
+        const int first = lane % 4 * 2;
+        if (IN_PIECES) end(start + first * piece + eight, start + (first + 1) * piece + eight, sums);
+        else end(start + 8 * eight + first, start + 8 * eight + first + 1, sums);
       }
       weights.release();
     }
@@ -228,8 +245,10 @@ struct Block {
 
   __device__ __forceinline__ void x_proj() {
     float* const to = model.partials + ((int64)at.cluster * at.batch + at.first) * STEERING;
-    few<OWN, false>(&shared.x[0][0], STEERING, at.own, [&](int r, int row, int, float first, float second) {
-      if (r < at.rows) *reinterpret_cast<float2*>(to + r * STEERING + row) = float2{first, second};
+    few<OWN, false>(&shared.x[0][0], STEERING, at.own, [&](int row, int, const FewSums& sums) {
+      each_row(sums, [&](int r, float first, float second) {
+        if (r < at.rows) *reinterpret_cast<float2*>(to + r * STEERING + row) = float2{first, second};
+      });
     });
     __syncwarp();
     if (lane == 0) shared.projected.arrive();
@@ -244,7 +263,6 @@ struct Block {
       const Vector<float, 2> sums = sums_at(r, c);
       *reinterpret_cast<unsigned*>(&shared.z[r][from + c]) = pack<IO>(sums.items[0], sums.items[1]);
     }
-    free_sums();
   }
 
   // A slot of small things that are needed from now on.
@@ -275,26 +293,29 @@ struct Block {
       const int place = min(thread + i * THREADS, max(at.rows * EACH - 1, 0));
       words[i] = read_fresh(reinterpret_cast<const uint4*>(model.steering + (int64)min(at.first, at.batch - 1) * STEERING) + place);
     }
+    meet();  // all have read the sums of z
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       const int place = thread + i * THREADS, r = place / EACH, s = place % EACH * 8;
       if (place >= at.rows * EACH) break;
-      if (s < RANK) *reinterpret_cast<uint4*>(&shared.low[r][s]) = words[i];
+      if (s < RANK) *reinterpret_cast<uint4*>(&shared.steering.low[r][s]) = words[i];
       else {
         const unsigned word[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          shared.bc[r][s - RANK + 2 * j] = low_float<IO>(word[j]), shared.bc[r][s - RANK + 2 * j + 1] = high_float<IO>(word[j]);
+          reinterpret_cast<float2*>(&shared.steering.bc[r][s - RANK])[j] = {low_float<IO>(word[j]), high_float<IO>(word[j])};
       }
     }
     meet();
   }
 
   __device__ __forceinline__ void dt_proj() {
-    few<RANK, true>(&shared.low[0][0], at.own, RANK, [&](int r, int c, int d, float first, float second) {
-      if (r >= at.rows) return;
-      shared.dt[r][c] = from_float<IO>(softplus(first + shared.biases[c]));
-      shared.dt[r][d] = from_float<IO>(softplus(second + shared.biases[d]));
+    few<RANK, true>(&shared.steering.low[0][0], at.own, RANK, [&](int c, int d, const FewSums& sums) {
+      const float bias = shared.biases[c], other = shared.biases[d];
+      each_row(sums, [&](int r, float first, float second) {
+        const IO dt = from_float<IO>(softplus(first + bias)), next = from_float<IO>(softplus(second + other));
+        if (r < at.rows) shared.steering.dt[r][c] = dt, shared.steering.dt[r][d] = next;
+      });
     });
   }
 
@@ -318,6 +339,7 @@ struct Block {
     receive_parameters();
     receive_z(0);
     if constexpr (ROUNDS > 1) {
+      free_sums();
       hand_out_part<1>(z);
       receive_z(PART);
     }
@@ -350,9 +372,9 @@ struct Block {
 #pragma unroll
     for (int i = 0; i < TURNS; ++i) {
       const int c = scanned(i) / SPREAD;
-      steps[i] = to_float(shared.dt[r][c]), us[i] = to_float(shared.x[r][c]), gates[i] = to_float(shared.z[r][c]);
+      steps[i] = to_float(shared.steering.dt[r][c]), us[i] = to_float(shared.x[r][c]), gates[i] = to_float(shared.z[r][c]);
     }
-    const Vector<float, LANE_STATES> B = ::read<LANE_STATES>(&shared.bc[r][n]), C = ::read<LANE_STATES>(&shared.bc[r][D_STATE + n]);
+    const Vector<float, LANE_STATES> B = ::read<LANE_STATES>(&shared.steering.bc[r][n]), C = ::read<LANE_STATES>(&shared.steering.bc[r][D_STATE + n]);
     float ys[TURNS];
 #pragma unroll
     for (int i = 0; i < TURNS; ++i) {
@@ -390,6 +412,7 @@ struct Block {
     }
     if (last >= 0) scan_row(row_of_slot(last));
     meet();
+    free_sums();
     for (int i = thread; i < at.rows * (OWN / 8); i += THREADS) {
       const int r = i / (OWN / 8), c = i % (OWN / 8) * 8;
       if (c >= at.own) continue;

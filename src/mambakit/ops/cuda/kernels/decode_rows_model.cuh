@@ -58,13 +58,20 @@ struct Model {
   double eps[LAYERS + 1];
 };
 
-struct Shared {
-  alignas(16) float sums[SUMS];           // of the blocks of the cluster, for the rows that this block ends
-  alignas(16) IO x[TILE_ROWS][OWN + 8];
-  alignas(16) IO z[SHARE][OWN + 8];       // and then y
+// What steers the scan of a layer.
+struct Steering {
   alignas(16) IO low[TILE_ROWS][RANK + 8];
   alignas(16) float bc[SHARE][2 * D_STATE];
   IO dt[SHARE][OWN + 2];                  // so that a warp of dt_proj, with 8 rows and every 16th channel, writes to 32 banks
+};
+
+struct Shared {
+  union {                                 // steering: from the last sums of z to the end of the scan
+    alignas(16) float sums[SUMS];         // of the blocks of the cluster, for the rows that this block ends
+    Steering steering;
+  };
+  alignas(16) IO x[TILE_ROWS][OWN + 8];
+  alignas(16) IO z[SHARE][OWN + 8];       // and then y
   float biases[OWN];                      // of dt
   float scales[BATCH], factors[BATCH];    // of the norm, and by which sums are multiplied
   float prior[SHARE];                     // by which x has been multiplied

@@ -4,7 +4,7 @@
 #include "decode_rows_model.cuh"
 
 // Slots of out_proj that are sent before this block has handed on its y. More would keep y waiting, behind them in the memory's queues.
-constexpr int BEFORE_Y = 2;
+constexpr int BEFORE_Y = BATCH > 64 ? 1 : 2;
 
 // The weights and states of this block, in the order of their use.
 __device__ __forceinline__ void send_weights(Sender<SLOTS, SLOT, IN_FLIGHT * SLOT> ring, Shared& shared, const Model& model, const Place& at) {
