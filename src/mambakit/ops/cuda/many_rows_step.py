@@ -42,8 +42,8 @@ IN_FLIGHT, IN_FLIGHT_OF_MANY = 2, 3
 """Slots of weights, as full ones, that a block has on their way (as in `one_kernel_step`); and for more than 64 rows,
 whose scan waits for nothing but memory: on an H200 2 % faster, on an H100 as fast."""
 
-ENOUGH_SLOTS = 5
-"""Of the ring of weights, before that of x gets a fourth one."""
+ENOUGH_SLOTS = 7
+"""Of the ring of weights; with fewer, more than 64 rows get three slots for x instead of four."""
 
 MOST_SLOTS = 32
 """Of the ring; more would not be used."""
@@ -91,7 +91,7 @@ def plan(shape: Shape, batch: int, clusters: int) -> Layout | None:
     def layout(x_slots: int) -> Layout:
         return Layout(min((SHARED - used - x_slots * (x_slot + 4)) // (slot + 20), MOST_SLOTS), x_slots)
 
-    found = layout(3 if tile == 64 else 4)
+    found = layout(3 if tile == 64 else 4)  # At 64 rows another slot of weights is worth more (docs/lab-notes.md).
     if found.slots < ENOUGH_SLOTS:
         found = layout(3)
     return found if found.slots >= 2 else None

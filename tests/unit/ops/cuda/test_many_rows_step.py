@@ -32,7 +32,7 @@ def test_released_models_fit(clusters: int, width: int, batch: int) -> None:
 
 def test_a_layout() -> None:
     assert plan(released(2048), 64, 30) == Layout(slots=8, x_slots=3)
-    assert plan(released(2048), 65, 30) == Layout(slots=5, x_slots=4)
+    assert plan(released(2048), 65, 30) == Layout(slots=6, x_slots=3)
     assert plan(released(2560), 128, 30) == Layout(slots=4, x_slots=3)
     assert plan(released(768), 9, 30) == Layout(slots=many_rows_step.MOST_SLOTS - 7, x_slots=4)
 
