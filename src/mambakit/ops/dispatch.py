@@ -66,7 +66,7 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str |
         remedy = "complex64" if dtype.is_complex else "float32"
         return f"no compiled kernel for {dtype}; use {remedy}, or backend='reference'"
     if backend == "cpu":
-        if importlib.util.find_spec("numba") is None:
+        if not _HAS_NUMBA:
             return "the package numba is not installed; pip install numba"
         return None
     if torch.compiler.is_compiling():  # Dynamo looks through caches, and complains.
@@ -102,7 +102,9 @@ def _has_cuda_core() -> bool:
     )
 
 
-_HAS_CUDA_CORE = _has_cuda_core()  # Once, when imported: Dynamo does not look into find_spec.
+# Once, when imported: Dynamo does not look into find_spec.
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
+_HAS_CUDA_CORE = _has_cuda_core()
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:

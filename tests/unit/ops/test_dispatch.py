@@ -66,6 +66,14 @@ def test_why_cuda_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch._gpu_unavailable(gpu) is None
 
 
+def test_why_the_cpu_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without numba; which is looked for when the module is imported, since torch.compile cannot look into that."""
+    monkeypatch.setattr(dispatch, "_HAS_NUMBA", False)
+    monkeypatch.setattr("importlib.util.find_spec", None)
+    assert "pip install numba" in unavailable("cpu", CPU, torch.float32)
+    assert resolve_backend("auto", CPU, torch.float32) == "reference"
+
+
 def test_every_backend_has_every_op() -> None:
     for folder in (cpu, cuda, reference):
         assert set(ops.__all__) <= set(folder.FILES)

@@ -80,7 +80,9 @@ def plan(shape: Shape, batch: int, clusters: int) -> Layout | None:
         return None
     sums = max(CLUSTER * _pitch(own // tiles), CLUSTER * (3 - tiles) * _pitch(own // 2))
     rows = max(16, share)
-    steering = 2 * rows * (rank + 8) + 4 * share * 2 * states + 2 * share * (own + 2)  # dt's rank, B and C, dt
+    steering = (
+        2 * rows * (rank + 8) + 4 * share * 2 * states + 2 * share * (own + 2)
+    )  # dt's rank, B and C, dt
     used = (
         max(4 * share * sums, steering)
         + 2 * (rows + share) * (own + 8)  # x, z
@@ -89,9 +91,13 @@ def plan(shape: Shape, batch: int, clusters: int) -> Layout | None:
     )
 
     def layout(x_slots: int) -> Layout:
-        return Layout(min((SHARED - used - x_slots * (x_slot + 4)) // (slot + 20), MOST_SLOTS), x_slots)
+        return Layout(
+            min((SHARED - used - x_slots * (x_slot + 4)) // (slot + 20), MOST_SLOTS), x_slots
+        )
 
-    found = layout(3 if tile == 64 else 4)  # At 64 rows another slot of weights is worth more (docs/lab-notes.md).
+    found = layout(
+        3 if tile == 64 else 4
+    )  # At 64 rows another slot of weights is worth more (docs/lab-notes.md).
     if found.slots < ENOUGH_SLOTS:
         found = layout(3)
     return found if found.slots >= 2 else None
