@@ -43,7 +43,7 @@ IN_FLIGHT, IN_FLIGHT_OF_MANY = 2, 3
 whose scan waits for nothing but memory: on an H200 2 % faster, on an H100 as fast."""
 
 ENOUGH_SLOTS = 7
-"""Of the ring of weights; with fewer, more than 64 rows get three slots for x instead of four."""
+"""Of the ring of weights. With fewer, and at 64 rows, x has three slots instead of four (docs/lab-notes.md)."""
 
 MOST_SLOTS = 32
 """Of the ring; more would not be used."""
@@ -80,9 +80,7 @@ def plan(shape: Shape, batch: int, clusters: int) -> Layout | None:
         return None
     sums = max(CLUSTER * _pitch(own // tiles), CLUSTER * (3 - tiles) * _pitch(own // 2))
     rows = max(16, share)
-    steering = (
-        2 * rows * (rank + 8) + 4 * share * 2 * states + 2 * share * (own + 2)
-    )  # dt's rank, B and C, dt
+    steering = share * (8 * states + 2 * (own + 2)) + 2 * rows * (rank + 8)  # B and C, dt; its rank
     used = (
         max(4 * share * sums, steering)
         + 2 * (rows + share) * (own + 8)  # x, z
@@ -90,17 +88,12 @@ def plan(shape: Shape, batch: int, clusters: int) -> Layout | None:
         + 512
     )
 
-    def layout(x_slots: int) -> Layout:
-        return Layout(
-            min((SHARED - used - x_slots * (x_slot + 4)) // (slot + 20), MOST_SLOTS), x_slots
-        )
+    def slots_beside(x_slots: int) -> int:
+        return min((SHARED - used - x_slots * (x_slot + 4)) // (slot + 20), MOST_SLOTS)
 
-    found = layout(
-        3 if tile == 64 else 4
-    )  # At 64 rows another slot of weights is worth more (docs/lab-notes.md).
-    if found.slots < ENOUGH_SLOTS:
-        found = layout(3)
-    return found if found.slots >= 2 else None
+    x_slots = 3 if tile == 64 or slots_beside(4) < ENOUGH_SLOTS else 4
+    slots = slots_beside(x_slots)
+    return Layout(slots, x_slots) if slots >= 2 else None
 
 
 def suitable(layers: Sequence[Layer], around: Sequence[Tensor], batch: int) -> bool:

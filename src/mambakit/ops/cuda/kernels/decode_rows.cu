@@ -412,7 +412,7 @@ struct Block {
     }
     if (last >= 0) scan_row(row_of_slot(last));
     meet();
-    free_sums();
+    free_sums();  // where what steered the scan was
     for (int i = thread; i < at.rows * (OWN / 8); i += THREADS) {
       const int r = i / (OWN / 8), c = i % (OWN / 8) * 8;
       if (c >= at.own) continue;
