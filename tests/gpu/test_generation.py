@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from mambakit.errors import ArgumentError
-from mambakit.generate import Engine, PrefixCache, Request, SamplingOptions, generate
+from mambakit.generate import Engine, PrefixCache, Request, SamplingOptions, decoding, generate
 from mambakit.generate.prompt_graphs import PromptGraphs
 from mambakit.generate.randomness import key_of, uniform
 from mambakit.generate.sampling import Method, SamplingRows, sample
 from mambakit.models import MambaConfig, MambaLanguageModel, Quantisation, quantise
+from mambakit.models.fused_step import settle
 
 pytestmark = pytest.mark.gpu
 
@@ -141,6 +142,30 @@ def test_a_request_gets_the_same_bits_alone(slots, d_model, cuda_graphs):
     together = engine.generate(several)
     for number in (0, 1, 2, slots + 3):
         assert engine.generate([several[number]]) == [together[number]]
+
+
+def test_states_are_settled_when_fewer_requests_are_left(monkeypatch):
+    """Steps of many rows defer states; those of up to 8 do not know of it."""
+    torch.manual_seed(0)
+    config = MambaConfig(d_model=768, n_layer=3, vocab_size=1000)
+    bfloat16 = MambaLanguageModel(config).cuda().bfloat16()
+    several = [
+        Request(prompt=[number, 7, 9], options=GREEDY, max_tokens=6 + 2 * number, logprobs=1)
+        for number in range(20)
+    ]
+    settled = []
+    monkeypatch.setattr(
+        decoding, "settle", lambda *args: (settled.append(args[1].batch_size), settle(*args))
+    )
+    found = Engine(bfloat16, slots=20).generate(several)
+    assert settled == [8]
+    monkeypatch.setattr(decoding, "can_defer", lambda *_: False)
+    expected = Engine(bfloat16, slots=20).generate(several)
+    assert settled == [8]
+    for one, other in zip(found, expected, strict=True):
+        assert one.tokens == other.tokens
+        for output, truth in zip(one.outputs, other.outputs, strict=True):
+            assert output.logprob == pytest.approx(truth.logprob, abs=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from mambakit import ops
+from mambakit.errors import ArgumentError
 from mambakit.models import MambaConfig, MambaLanguageModel, ModelState
-from mambakit.models.fused_step import fused_step
+from mambakit.models.fused_step import fused_step, settle
 from mambakit.ops.cuda import (
     launch,
     many_rows_step,
@@ -23,6 +24,7 @@ from mambakit.ops.cuda import (
     step_products,
     tensor_core_products,
 )
+from mambakit.ops.deferred_states import REPEATS, DeferredStates
 from mambakit.ops.model_layer import Layer
 
 pytestmark = pytest.mark.gpu
@@ -519,6 +521,43 @@ def test_a_row_of_many_in_one_kernel_does_not_depend_on_the_others(
     model = make_model(dtype, d_model=d_model, n_layer=3)
     parts = range(9), range(3, 20), range(40, 73), range(64), range(63, 128), range(28, 128)
     assert_rows_are_independent(model, 128, *parts, range(127, -1, -1))
+
+
+@pytest.mark.parametrize("batch", [9, 30, 64, 77, 128])
+@pytest.mark.parametrize(
+    ("d_model", "dtype"), [(256, torch.float16), (768, torch.bfloat16), (1536, torch.bfloat16)]
+)
+def test_states_that_are_written_every_second_step(
+    d_model: int, dtype: torch.dtype, batch: int, only_one_kernel: None
+) -> None:
+    """Change no bit, but for those that are settled, by another kernel."""
+    model = make_model(dtype, d_model=d_model, n_layer=3)
+    tokens, state = read(model, batch)
+    twin, (conv, ssm) = state.clone(), numbers(state)[:2]
+    pool = DeferredStates.empty((3, batch + 3, *ssm.shape[1:]), like=conv)
+    deferred = pool.view(batch)
+    step = model.prepared_step(twin, deferred)
+    for t in range(5):
+        assert torch.equal(step(tokens[:, t]), fused(model, tokens[:, t], state))
+        is_behind = deferred.turns == REPEATS
+        assert 0 < is_behind.sum() < batch
+        for ours, truth in zip(twin.layers, state.layers, strict=True):
+            assert torch.equal(ours.conv_state, truth.conv_state)
+            assert torch.equal(ours.ssm_state[~is_behind], truth.ssm_state[~is_behind])
+            assert (ours.ssm_state != truth.ssm_state).flatten(1).any(1).equal(is_behind)
+    settle(model, twin, deferred)
+    for ours, truth in zip(numbers(twin), numbers(state), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
+    assert (pool.inputs[:, :, batch:] == 0).all()
+    assert (pool.B[:, batch:] == 0).all()
+
+
+def test_what_cannot_defer_says_so() -> None:
+    model = make_model(torch.bfloat16, d_model=256)
+    state = read(model, 4)[1]
+    conv, ssm = numbers(state)[:2]
+    with pytest.raises(ArgumentError, match="deferred: got some"):
+        model.prepared_step(state, DeferredStates.empty((3, *ssm.shape), like=conv))
 
 
 @pytest.mark.parametrize(("d_model", "batch"), [(512, 4), (768, 20)])

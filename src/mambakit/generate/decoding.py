@@ -12,7 +12,7 @@ from torch import Tensor
 from mambakit.generate.graphs import beside, capture
 from mambakit.generate.sampling import Method, sample
 from mambakit.generate.slots import Slots
-from mambakit.models.fused_step import gives_same_bits
+from mambakit.models.fused_step import can_defer, gives_same_bits, settle
 from mambakit.models.language_model import MambaLanguageModel
 from mambakit.models.state import ModelState
 
@@ -24,11 +24,19 @@ class Chosen(NamedTuple):
     logits: Tensor
 
 
+class Step(NamedTuple):
+    """A step of the model of so many rows, and whether it defers states."""
+
+    run: Callable[[Tensor], Tensor]
+    defers: bool
+
+
 class Decoder:
     """Steps through a model and samples; what is chosen is read by the next step where it lies.
 
     On a GPU a step is one CUDA graph, captured in advance for batches of 1, 2, 4, ... sequences and
     each `Method`. A batch in between takes the next larger graph, which works on free rows as well.
+    Where a kernel can, it writes a state every second step only (`DeferredStates`).
 
     Args:
         model: The model.
@@ -51,7 +59,8 @@ class Decoder:
         self.slots = Slots(model, size)
         self._model = model
         self._vocab_size = model.config.vocab_size
-        self._steps: dict[int, Callable[[Tensor], Tensor]] = {}
+        self._steps: dict[int, Step] = {}
+        self._is_behind = False  # Whether states may have been deferred.
         self._buckets = buckets(size)
         if batch_invariant:
             self._buckets = same_bits(model, self.slots.state(size), self._buckets)
@@ -67,20 +76,36 @@ class Decoder:
     def step(self, method: Method) -> Chosen:
         """Continue all sequences; the method is the most that any of them needs."""
         count = self.slots.taken
-        bucket = next(size for size in self._buckets if size >= count)
+        rows = count
+        if self._graphs or self._fills_up:
+            rows = next(size for size in self._buckets if size >= count)
+        self._settle(before=self._prepared(rows))
         if self._graphs:
-            graph, chosen = self._graphs[bucket, method]
+            graph, chosen = self._graphs[rows, method]
             graph.replay()
         else:
-            chosen = self._step(bucket if self._fills_up else count, method)
+            chosen = self._step(rows, method)
         return Chosen(chosen.tokens[:count], chosen.logits[:count])
 
     @torch.no_grad()
     def _step(self, count: int, method: Method) -> Chosen:
-        if count not in self._steps:
-            self._steps[count] = self._model.prepared_step(self.slots.state(count))
-        logits = self._steps[count](self.slots.tokens[:count])
+        logits = self._prepared(count).run(self.slots.tokens[:count])
         return self._choose(0, count, logits, method)
+
+    def _prepared(self, count: int) -> Step:
+        if count not in self._steps:
+            state = self.slots.state(count)
+            defers = can_defer(self._model, state)
+            deferred = self.slots.states.defer().view(count) if defers else None
+            self._steps[count] = Step(self._model.prepared_step(state, deferred), defers)
+        return self._steps[count]
+
+    def _settle(self, before: Step) -> None:
+        """Write what has been deferred, before a step that does not know of it."""
+        if self._is_behind and not before.defers:
+            count, deferred = self.slots.taken, self.slots.states.defer()
+            settle(self._model, self.slots.state(count), deferred.view(count))
+        self._is_behind = before.defers
 
     @torch.no_grad()
     def _choose(self, first: int, last: int, logits: Tensor, method: Method) -> Chosen:

@@ -23,6 +23,7 @@ class Slots:
 
     Attributes:
         taken: How many rows are taken.
+        states: What each sequence remembers.
         tokens: What each sequence reads next, (size,), int64.
         sampling: Options and random numbers of each sequence.
         seen: Ids that each sequence holds, (size, V), bool; kept where the repetition penalty is on.
@@ -30,8 +31,8 @@ class Slots:
 
     def __init__(self, model: MambaLanguageModel, size: int) -> None:
         self.size, self.taken = size, 0
-        self._states = States.empty(model, size)
-        device = self._states.view(1).layers[0].ssm_state.device
+        self.states = States.empty(model, size)
+        device = self.states.view(1).layers[0].ssm_state.device
         self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self.sampling = SamplingRows(
             torch.ones(size, 4, device=device),
@@ -42,7 +43,7 @@ class Slots:
 
     def state(self, count: int) -> ModelState:
         """The states of the first `count` rows, as views."""
-        return self._states.view(count)
+        return self.states.view(count)
 
     def join(self, state: ModelState, sampling: SamplingRows, seen: Tensor | None) -> int:
         """Take the next row for a sequence; return its number.
@@ -54,7 +55,7 @@ class Slots:
         """
         row = self.taken
         assert row < self.size
-        self._states.put(row, state)
+        self.states.put(row, state)
         for whole, one in zip(self.sampling, sampling, strict=True):
             whole[row : row + 1].copy_(one, non_blocking=True)
         if seen is not None:
@@ -68,6 +69,6 @@ class Slots:
         self.taken -= 1
         if row == self.taken:
             return
-        self._states.move(self.taken, row)
+        self.states.move(self.taken, row)
         for rows in (self.tokens, *self.sampling, self.seen):
             rows[row] = rows[self.taken]

@@ -10,6 +10,7 @@ from torch import Tensor
 from mambakit.models.language_model import MambaLanguageModel
 from mambakit.models.state import ModelState
 from mambakit.nn.state import MixerState
+from mambakit.ops.deferred_states import DeferredStates
 
 
 class States:
@@ -17,10 +18,14 @@ class States:
 
     Args:
         parts: Those of the convolutions and of the scans, (layers, rows, ...).
+
+    Attributes:
+        deferred: What the states of the scans have not read, if steps defer them.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
         self._parts = parts
+        self.deferred: DeferredStates | None = None
         self._views: dict[int, ModelState] = {}
 
     @staticmethod
@@ -55,6 +60,13 @@ class States:
             self._views[rows] = ModelState([MixerState(*layer) for layer in layers])
         return self._views[rows]
 
+    def defer(self) -> DeferredStates:
+        """From now on steps may defer the states."""
+        if self.deferred is None:
+            conv, ssm = self._parts
+            self.deferred = DeferredStates.empty(ssm.shape, like=conv)
+        return self.deferred
+
     def put(self, row: int, state: ModelState | None) -> None:
         """Copy the state of one sequence into a row; None: that before its first token."""
         for part, name in zip(self._parts, ("conv_state", "ssm_state"), strict=True):
@@ -62,8 +74,12 @@ class States:
                 part[:, row] = 0
             else:
                 part[:, row] = torch.cat([getattr(layer, name) for layer in state.layers])
+        if self.deferred is not None:
+            self.deferred.put(row)
 
     def move(self, source: int, target: int) -> None:
         """Copy a row over another."""
         for part in self._parts:
             part[:, target] = part[:, source]
+        if self.deferred is not None:
+            self.deferred.move(source, target)

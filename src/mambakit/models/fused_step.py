@@ -20,6 +20,7 @@ from mambakit.nn.recomputation import is_plain
 from mambakit.nn.state import MixerState
 from mambakit.ops import cuda
 from mambakit.ops.cpu import model_step as on_cpu
+from mambakit.ops.deferred_states import DeferredStates
 from mambakit.ops.dispatch import unavailable
 from mambakit.ops.model_layer import Layer
 
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
 
 
 def fused_step(
-    model: MambaLanguageModel, device: torch.device, state: ModelState
+    model: MambaLanguageModel,
+    device: torch.device,
+    state: ModelState,
+    deferred: DeferredStates | None = None,
 ) -> Callable[[Tensor], Tensor] | None:
     """What does `MambaLanguageModel.step` with this state to tokens on a device, without the modules.
 
@@ -36,7 +40,7 @@ def fused_step(
     have to do it, because one of them is not the plain one (an adapter took its place, a hook
     looks on), or the kernels have no form for the config, dtype, device or layout.
 
-    What it gives works on the tensors that the model and the state hold now.
+    What it gives works on the tensors that the model and the state hold now; deferred as for `prepared_step`.
     """
     config, backbone = model.config, model.backbone
     has_form = config.conv_bias and not config.bias and not config.is_complex
@@ -63,7 +67,7 @@ def fused_step(
         around = embedding.weight, norm_f.weight, head.weight
         if not cuda.model_step.suitable(layers, around):
             return None
-        step: Callable[[Tensor], Tensor] = cuda.model_step.ModelStep(layers, around, eps)
+        step: Callable[[Tensor], Tensor] = cuda.model_step.ModelStep(layers, around, eps, deferred)
         return step
     last = on_cpu.Head(norm_f.weight, *_matrix(head))
     if not on_cpu.suitable(layers, last):
@@ -79,6 +83,19 @@ def gives_same_bits(model: MambaLanguageModel, state: ModelState, batch: int, ot
         return True
     fused = fused_step(model, device, state)
     return isinstance(fused, cuda.model_step.ModelStep) and fused.gives_same_bits(batch, other)
+
+
+def can_defer(model: MambaLanguageModel, state: ModelState) -> bool:
+    """Whether a step can defer these states."""
+    device = state.layers[0].ssm_state.device
+    fused = fused_step(model, device, state) if device.type == "cuda" else None
+    return isinstance(fused, cuda.model_step.ModelStep) and fused.can_defer(state.batch_size)
+
+
+def settle(model: MambaLanguageModel, state: ModelState, deferred: DeferredStates) -> None:
+    """Write states that were deferred."""
+    blocks = model.backbone.blocks()
+    deferred.settle([*map(_layer, map(_modules, blocks), state.layers)])
 
 
 _KINDS = (

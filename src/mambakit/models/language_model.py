@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mambakit.errors import ArgumentError, DtypeError, ShapeError
 from mambakit.models.config import MambaConfig
-from mambakit.models.fused_step import fused_step
+from mambakit.models.fused_step import can_defer, fused_step
 from mambakit.models.state import ModelState
 from mambakit.nn.block import Block
 from mambakit.nn.embedding import embed
@@ -27,6 +27,7 @@ from mambakit.nn.norm import RMSNorm
 from mambakit.nn.quantised_linear import QuantisedEmbedding, QuantisedLinear
 from mambakit.nn.ungated import UngatedMixer
 from mambakit.ops import linear_cross_entropy
+from mambakit.ops.deferred_states import DeferredStates
 from mambakit.ops.quantisation import dequantise
 
 if TYPE_CHECKING:
@@ -254,13 +255,25 @@ class MambaLanguageModel(nn.Module):
         fused = fused_step(self, tokens.device, state)
         return self._step_by_modules(tokens, state) if fused is None else fused(tokens)
 
-    def prepared_step(self, state: ModelState) -> Callable[[Tensor], Tensor]:
+    def prepared_step(
+        self, state: ModelState, deferred: DeferredStates | None = None
+    ) -> Callable[[Tensor], Tensor]:
         """A function of tokens that does what `step` does with this state.
 
         It looks at modules, weights and state once, here, which takes a tenth of a small model's step
         on a CPU: none of them must be replaced while it is in use. Values may change.
+
+        Args:
+            state: Updated in place by each step.
+            deferred: What the state has not read, for steps that write it every second time, which is faster; see
+                `mambakit.models.fused_step.can_defer`. Only such steps can continue, until it is settled.
+
+        Raises:
+            ArgumentError: No such step works on this state.
         """
-        fused = fused_step(self, state.layers[0].ssm_state.device, state)
+        if deferred is not None and not can_defer(self, state):
+            raise ArgumentError("deferred: got some, wanted None: no kernel defers this state")
+        fused = fused_step(self, state.layers[0].ssm_state.device, state, deferred)
         if fused is None:
             return partial(self.step, state=state)
 

@@ -18,6 +18,7 @@ from mambakit.ops.cuda.arrays import TYPES, Variants
 from mambakit.ops.cuda.compiler import kernel
 from mambakit.ops.cuda.one_kernel_step import SHARED, Shape, has_room, shape_of
 from mambakit.ops.cuda.tensor_maps import SWIZZLED, tensor_map
+from mambakit.ops.deferred_states import DeferredStates
 from mambakit.ops.model_layer import Layer
 
 FEWEST_ROWS, MOST_ROWS = 9, 128
@@ -81,10 +82,11 @@ def plan(shape: Shape, batch: int, clusters: int) -> Layout | None:
     sums = max(CLUSTER * _pitch(own // tiles), CLUSTER * (3 - tiles) * _pitch(own // 2))
     rows = max(16, share)
     steering = share * (8 * states + 2 * (own + 2)) + 2 * rows * (rank + 8)  # B and C, dt; its rank
+    steering += share * (4 * own + 2 * states)  # dt, x and B of the step before
     used = (
         max(4 * share * sums, steering)
         + 2 * (rows + share) * (own + 8)  # x, z
-        + 4 * (2 * tile + share + own)  # Scales, biases
+        + 4 * (2 * tile + 2 * share + own)  # Scales, turns, biases
         + 512
     )
 
@@ -132,6 +134,7 @@ def step(
     norm_f: Tensor,
     head: Tensor,
     eps: Sequence[float],
+    deferred: DeferredStates | None = None,
 ) -> Tensor:
     """Logits, (B, V); arguments as in `model_step.model_step`."""
     tokens = tokens.contiguous()
@@ -146,6 +149,8 @@ def step(
     maps += [_steering_map(layer.x_proj, _own(shape, count)) for layer in layers]
     maps += [tensor_map(head, 16, SWIZZLED)]
     maps += [tensor_map(tensor, tile_of(batch), SWIZZLED) for tensor in (x, y)]
+    kept_map, *kept = _kept(deferred, tile_of(batch) // CLUSTER, _own(shape, count))
+    maps += [kept_map]
     addresses = [
         tensor.data_ptr()
         for layer in layers
@@ -154,13 +159,15 @@ def step(
     ]
     around = tokens, embedding, norm_f, logits, x, y, *others
     addresses += (tensor.data_ptr() for tensor in around)
-    numbers = batch, vocab, layers[0].conv_state.stride(0), layers[0].ssm_state.stride(0)
+    numbers = *kept, batch, vocab, layers[0].conv_state.stride(0), layers[0].ssm_state.stride(0)
     parameters = b"".join(maps) + struct.pack(
         f"{len(addresses) + len(numbers)}q{len(eps)}d", *addresses, *numbers, *eps
     )
     parameters += bytes(-len(parameters) % 64)  # As the struct has, whose maps begin at 64 bytes.
     token = "int64" if tokens.dtype == torch.int64 else "int"
-    constants = _constants(head.dtype, token, len(layers), shape, batch, count, layout)
+    constants = _constants(
+        head.dtype, token, len(layers), shape, batch, count, layout, deferred is not None
+    )
     launch = kernel("decode_rows.cu", "decode_rows", device, **constants)
     launch.with_struct(CLUSTER * count, THREADS, parameters, shared=SHARED, together=True)
     return logits
@@ -174,6 +181,16 @@ def clusters(device: torch.device) -> int:
     """
     probe = kernel("cluster_room.cu", "cluster_room", device, CLUSTER=CLUSTER)
     return min(MOST_CLUSTERS, probe.clusters(THREADS, shared=SHARED))
+
+
+def _kept(deferred: DeferredStates | None, rows: int, own: int) -> tuple[bytes, int, int, int, int]:
+    """What deferred states have not read: the map of dt and x, in boxes of so many rows and channels, and addresses."""
+    if deferred is None:
+        return bytes(128), 0, 0, 0, 0
+    inputs, B, turns = deferred.inputs, deferred.B, deferred.turns
+    box = tensor_map(inputs.flatten(0, 1), 1, rows, own, swizzled=False)
+    stored_rows = inputs.stride(1) // inputs.stride(2)
+    return box, inputs.data_ptr(), B.data_ptr(), turns.data_ptr(), stored_rows
 
 
 def _steering_map(x_proj: Tensor, own: int) -> bytes:
@@ -219,6 +236,7 @@ def _constants(
     batch: int,
     clusters: int,
     layout: Layout,
+    defers: bool,
 ) -> dict[str, int | str]:
     return {
         "IO": TYPES[dtype],
@@ -231,6 +249,7 @@ def _constants(
         "TAPS": shape.taps,
         "BATCH": tile_of(batch),
         "CLUSTERS": clusters,
+        "DEFERS": int(defers),
         "WARPGROUPS": THREADS // 128,
         "SLOTS": layout.slots,
         "X_SLOTS": layout.x_slots,
@@ -253,6 +272,7 @@ def variants() -> Variants:
         shape = Shape(width, 2 * width, width // 16, 16, 4)
         layout = plan(shape, batch, 30)
         assert layout is not None
-        constants = _constants(dtype, "int64", layers, shape, batch, 30, layout)
-        found.append(("decode_rows.cu", "decode_rows", constants))
+        for defers in (False, True):
+            constants = _constants(dtype, "int64", layers, shape, batch, 30, layout, defers)
+            found.append(("decode_rows.cu", "decode_rows", constants))
     return found

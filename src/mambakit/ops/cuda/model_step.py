@@ -33,6 +33,7 @@ from mambakit.ops.cuda.step_products import (
     types,
 )
 from mambakit.ops.cuda.step_products import variants as product_variants
+from mambakit.ops.deferred_states import DeferredStates
 from mambakit.ops.model_layer import Layer
 
 THREADS = 128
@@ -112,17 +113,27 @@ class ModelStep:
         layers: First layer first.
         around: The embedding, (V, M), and the weights of the last norm and the head.
         eps: Of the norm of each layer, and of the last norm.
+        deferred: What the states have not read, if this step and those before defer them. Default: states are written.
     """
 
     def __init__(
-        self, layers: Sequence[Layer], around: Sequence[Tensor], eps: Sequence[float]
+        self,
+        layers: Sequence[Layer],
+        around: Sequence[Tensor],
+        eps: Sequence[float],
+        deferred: DeferredStates | None = None,
     ) -> None:
         self._layers, self._around, self._eps = layers, around, eps
+        self._deferred = deferred
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits, (B, V), of tokens, (B,); the states move on."""
         embedding, norm_f, head = self._around
-        return model_step(self._layers, embedding, norm_f, head, self._eps, tokens)
+        return model_step(self._layers, embedding, norm_f, head, self._eps, tokens, self._deferred)
+
+    def can_defer(self, batch: int) -> bool:
+        """Whether a step of so many rows can defer states."""
+        return kernels_of(self._layers, self._around, batch) is Kernels.ONE_OF_MANY_ROWS
 
     def gives_same_bits(self, batch: int, other: int) -> bool:
         """Whether a row gets the same bits among so many rows as among so many others."""
@@ -138,6 +149,7 @@ def model_step(
     head: Tensor,
     eps: Sequence[float],
     tokens: Tensor,
+    deferred: DeferredStates | None = None,
 ) -> Tensor:
     """Logits, (B, V), of a token a sequence, (B,); the states move on.
 
@@ -152,16 +164,18 @@ def model_step(
         head: (V, M).
         eps: Of the norm of each layer, and of the last norm.
         tokens: (B,), int32 or int64, on the same device.
+        deferred: As of `ModelStep`, which `can_defer`.
     """
     norms = [*(layer.norm for layer in layers), norm_f]
     batch = tokens.shape[0]
     if batch == 0:
         return head.new_empty(0, head.shape[0])
     kernels = kernels_of(layers, (embedding, norm_f, head), batch)
+    assert deferred is None or kernels is Kernels.ONE_OF_MANY_ROWS
     if kernels is Kernels.ONE:
         logits = one_kernel_step.step(tokens, embedding, layers, norm_f, head, eps)
     elif kernels is Kernels.ONE_OF_MANY_ROWS:
-        logits = many_rows_step.step(tokens, embedding, layers, norm_f, head, eps)
+        logits = many_rows_step.step(tokens, embedding, layers, norm_f, head, eps, deferred)
     else:
         is_library = kernels is Kernels.LIBRARY
         step = _with_library_products if is_library else _with_own_products

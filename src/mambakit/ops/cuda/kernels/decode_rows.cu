@@ -14,6 +14,7 @@
 // So that a float16 does not overflow, the stream is also multiplied by the scale of the norm before (`prior`).
 //
 // IO: bfloat16 or float16. TOKEN: type of tokens. LAYERS: of the model. WIDTH (M), CHANNELS (D), RANK (R), D_STATE (N), TAPS (W).
+// DEFERS: whether states of the scan are written every second step only; see `StateTurn`.
 // BATCH: 16, 32, 64 or 128, not less than the rows. CLUSTERS: of the grid, at most 32. WARPGROUPS: of a block, 3; the last one sends.
 // SLOTS: of the ring of weights, IN_FLIGHT of which may be on their way. X_SLOTS: of the ring of x. SHARED: bytes of shared memory.
 #include "clusters.cuh"
@@ -35,7 +36,8 @@ struct Block {
   static constexpr int SPAN = OWN / 2;  // rows of a matrix whose sums are handed out together
   static constexpr int TURNS = (OWN * SPREAD + 127) / 128, COLUMN_TURNS = (COLUMNS + 31) / 32;
   static constexpr int ROW_TURNS = (SHARE + WARPS - 1) / WARPS;
-  float rates[TURNS][LANE_STATES], skips[TURNS];  // of the scan
+  static constexpr int ENDS = (TURNS + SPREAD - 1) / SPREAD;
+  float rates[TURNS][LANE_STATES], skips[ENDS];  // of the scan
   Vector<float, LANE_STATES> states[TURNS];       // of the row that is scanned next
   float norm[COLUMN_TURNS];                       // the weights of the next one
   float stream[ROW_TURNS][COLUMN_TURNS] = {};     // of the residual stream, what this lane has
@@ -275,8 +277,9 @@ struct Block {
       const Vector<float, LANE_STATES> read = ::read<LANE_STATES>(log_rates + place * LANE_STATES);
 #pragma unroll
       for (int s = 0; s < LANE_STATES; ++s) rates[i][s] = -expf(read.items[s]) * LOG2_E;
-      skips[i] = others[place / SPREAD];
     }
+#pragma unroll
+    for (int i = 0; i < ENDS; ++i) skips[i] = others[min(ended(i), at.own - 1)];
     if (thread < at.own) shared.biases[thread] = others[at.own + thread];
 #pragma unroll
     for (int i = 0; i < COLUMN_TURNS; ++i)
@@ -284,7 +287,32 @@ struct Block {
     weights.release();
   }
 
-  __device__ __forceinline__ void receive_steering(int l) {
+  // What the states of the scan, as they were written, have not read.
+  struct Kept {
+    uint4 words[(2 * KEPT_BYTES / 16 + THREADS - 1) / THREADS];
+  };
+  __device__ __forceinline__ void take_kept(Kept& kept) {
+    const uint4* const from = reinterpret_cast<const uint4*>(weights.await_slot());
+    int place = thread;
+#pragma unroll
+    for (uint4& piece : kept.words) piece = from[min(place, 2 * KEPT_BYTES / 16 - 1)], place += THREADS;
+    weights.release();
+  }
+  __device__ __forceinline__ void put_kept(const Kept& kept) {
+    int place = thread;
+#pragma unroll
+    for (const uint4& piece : kept.words) {
+      if (place < 2 * KEPT_BYTES / 16) reinterpret_cast<uint4*>(shared.steering.kept)[place] = piece;
+      place += THREADS;
+    }
+  }
+
+  __device__ __forceinline__ void receive_steering(int l, const Kept& kept) {
+    IO* const kept_B = model.kept_B + (l * model.kept_rows + at.first) * D_STATE;
+    constexpr int PIECES_OF_B = D_STATE / 8;
+    const bool repeats = DEFERS && thread < at.rows * PIECES_OF_B && shared.turns[thread / PIECES_OF_B] == REPEATS;
+    uint4 B_before;
+    if (repeats) B_before = read_fresh(reinterpret_cast<const uint4*>(kept_B) + thread);
     await_count(model.counts->steering[at.rank], HELPERS * CLUSTERS * (l + 1));
     constexpr int EACH = STEERING / 8, COUNT = (SHARE * EACH + THREADS - 1) / THREADS;
     uint4 words[COUNT];
@@ -294,12 +322,16 @@ struct Block {
       words[i] = read_fresh(reinterpret_cast<const uint4*>(model.steering + (int64)min(at.first, at.batch - 1) * STEERING) + place);
     }
     meet();  // all have read the sums of z
+    if (DEFERS) put_kept(kept);
+    if (repeats) reinterpret_cast<uint4*>(shared.steering.kept_B)[thread] = B_before;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       const int place = thread + i * THREADS, r = place / EACH, s = place % EACH * 8;
       if (place >= at.rows * EACH) break;
       if (s < RANK) *reinterpret_cast<uint4*>(&shared.steering.low[r][s]) = words[i];
       else {
+        if (DEFERS && at.cluster == 0 && s < RANK + D_STATE && shared.turns[r] == KEEPS)
+          *reinterpret_cast<uint4*>(kept_B + r * D_STATE + s - RANK) = words[i];
         const unsigned word[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
 #pragma unroll
         for (int j = 0; j < 4; ++j)
@@ -343,8 +375,10 @@ struct Block {
       hand_out_part<1>(z);
       receive_z(PART);
     }
+    Kept kept;
+    if (DEFERS) take_kept(kept);
     if (at.rows > 0) take_states();
-    receive_steering(l);
+    receive_steering(l, kept);
     write_states(layer, OWN - PART, new_states);
     forget_addresses();
     dt_proj();
@@ -355,6 +389,19 @@ struct Block {
   __device__ __forceinline__ int scanned(int i) const { return min(i * 128 + thread % 128, at.own * SPREAD - 1); }
   __device__ __forceinline__ bool is_scanned(int i) const { return i * 128 + thread % 128 < at.own * SPREAD; }
 
+  // Whose output this lane ends: each of four neighbours the channel of another turn.
+  __device__ __forceinline__ int ended(int i) const { return (i * SPREAD + thread % SPREAD) * (128 / SPREAD) + thread % 128 / SPREAD; }
+  // Of four neighbouring lanes: in lane i that of their sums i, if there are `count`, known to the compiler.
+  __device__ __forceinline__ float sum_of_four(const float* sums, int count) const {
+    const bool second = thread & 1, upper = thread & 2;
+    const auto halved = [&](int i) {
+      const float low = sums[i], high = i + 2 < count ? sums[i + 2] : low;
+      return (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, 2);
+    };
+    const float first = halved(0), next = count > 1 ? halved(1) : first;
+    return (second ? next : first) + __shfl_xor_sync(~0u, second ? first : next, 1);
+  }
+
   // Of a slot, which has states of two rows: those of this warpgroup's.
   __device__ __forceinline__ void take_states() {
     const float* const from = reinterpret_cast<const float*>(weights.await_slot()) + group * (at.own * D_STATE);
@@ -364,37 +411,70 @@ struct Block {
   }
   __device__ __forceinline__ int row_of_slot(int slot) const { return slot * STATE_ROWS + group; }
 
-  // A step of the states that were taken, which are those of row r.
-  __device__ __forceinline__ void scan_row(int r) {
-    if (r >= at.rows) return;
-    const int n = thread % SPREAD * LANE_STATES;
-    float steps[TURNS], us[TURNS], gates[TURNS];
+  // The states of this lane's i-th channel read x.
+  __device__ __forceinline__ void advance(int i, float step, float x, const Vector<float, LANE_STATES>& B) {
+#pragma unroll
+    for (int s = 0; s < LANE_STATES; ++s) {
+      float& h = states[i].items[s];
+      h = fmaf(exp2_approx(step * rates[i][s]), h, step * x * B.items[s]);
+    }
+  }
+
+  // The step before, of the states that were taken, which are those of row r.
+  __device__ __forceinline__ void repeat_row(int r) {
+    Vector<float, LANE_STATES> B;
+#pragma unroll
+    for (int s = 0; s < LANE_STATES; ++s) B.items[s] = to_float(shared.steering.kept_B[r][thread % SPREAD * LANE_STATES + s]);
 #pragma unroll
     for (int i = 0; i < TURNS; ++i) {
       const int c = scanned(i) / SPREAD;
-      steps[i] = to_float(shared.steering.dt[r][c]), us[i] = to_float(shared.x[r][c]), gates[i] = to_float(shared.z[r][c]);
+      advance(i, to_float(shared.steering.kept[0][r][c]), to_float(shared.steering.kept[1][r][c]), B);
     }
-    const Vector<float, LANE_STATES> B = ::read<LANE_STATES>(&shared.steering.bc[r][n]), C = ::read<LANE_STATES>(&shared.steering.bc[r][D_STATE + n]);
-    float ys[TURNS];
+  }
+  __device__ __forceinline__ void keep_inputs(int l, int r) const {
+    IO* const to = model.kept_inputs + ((int64)2 * l * model.kept_rows + at.first + r) * CHANNELS + at.channel;
+    const int pair = thread % 128;
+    if (pair >= at.own / 2) return;
+    reinterpret_cast<unsigned*>(to)[pair] = reinterpret_cast<const unsigned*>(shared.steering.dt[r])[pair];
+    reinterpret_cast<unsigned*>(to + model.kept_rows * CHANNELS)[pair] = reinterpret_cast<const unsigned*>(shared.x[r])[pair];
+  }
+
+  // A step of the states that were taken, which are those of row r.
+  __device__ __forceinline__ void scan_row(int l, int r) {
+    if (r >= at.rows) return;
+    if (DEFERS && shared.turns[r] == REPEATS) repeat_row(r);
+    const int n = thread % SPREAD * LANE_STATES;
+    float steps[TURNS], us[TURNS], gates[ENDS], ended_us[ENDS];
 #pragma unroll
     for (int i = 0; i < TURNS; ++i) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int s = 0; s < LANE_STATES; ++s) {
-        float& h = states[i].items[s];
-        h = fmaf(exp2_approx(steps[i] * rates[i][s]), h, steps[i] * us[i] * B.items[s]);
-        sum = fmaf(C.items[s], h, sum);
-      }
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      ys[i] = fmaf(skips[i], us[i], sum) * gates[i] * sigmoid_of(gates[i]);
+      const int c = scanned(i) / SPREAD;
+      steps[i] = to_float(shared.steering.dt[r][c]), us[i] = to_float(shared.x[r][c]);
     }
 #pragma unroll
-    for (int i = 0; i < TURNS; ++i)
-      if (n == 0 && is_scanned(i)) shared.z[r][scanned(i) / SPREAD] = from_float<IO>(ys[i]);
+    for (int i = 0; i < ENDS; ++i) {
+      const int c = min(ended(i), at.own - 1);
+      ended_us[i] = to_float(shared.x[r][c]), gates[i] = to_float(shared.z[r][c]);
+    }
+    const Vector<float, LANE_STATES> B = ::read<LANE_STATES>(&shared.steering.bc[r][n]), C = ::read<LANE_STATES>(&shared.steering.bc[r][D_STATE + n]);
+    float sums[TURNS];
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) {
+      advance(i, steps[i], us[i], B);
+      sums[i] = 0.0f;
+#pragma unroll
+      for (int s = 0; s < LANE_STATES; ++s) sums[i] = fmaf(C.items[s], states[i].items[s], sums[i]);
+    }
+    float ys[ENDS];
+#pragma unroll
+    for (int i = 0; i < ENDS; ++i)
+      ys[i] = fmaf(skips[i], ended_us[i], sum_of_four(sums + SPREAD * i, TURNS - SPREAD * i)) * gates[i] * sigmoid_of(gates[i]);
+#pragma unroll
+    for (int i = 0; i < ENDS; ++i)
+      if (ended(i) < at.own) shared.z[r][ended(i)] = from_float<IO>(ys[i]);
+    if (DEFERS && shared.turns[r] == KEEPS) keep_inputs(l, r);
   }
   __device__ __forceinline__ void write_states_of(const Layer& layer, int r) const {
-    if (r >= at.rows) return;
+    if (r >= at.rows || (DEFERS && shared.turns[r] == KEEPS)) return;
     float* const to = layer.ssm_state + (at.first + r) * model.ssm_batch + (int64)at.channel * D_STATE;
 #pragma unroll
     for (int i = 0; i < TURNS; ++i)
@@ -402,15 +482,15 @@ struct Block {
   }
 
   // The first states have been taken. Writing the last ones does not keep y waiting.
-  __device__ __forceinline__ void scan(const Layer& layer) {
+  __device__ __forceinline__ void scan(const Layer& layer, int l) {
     const int last = at.state_slots() - 1;
 #pragma unroll 1
     for (int slot = 0; slot < last; ++slot) {
-      scan_row(row_of_slot(slot));
+      scan_row(l, row_of_slot(slot));
       write_states_of(layer, row_of_slot(slot));
       take_states();
     }
-    if (last >= 0) scan_row(row_of_slot(last));
+    if (last >= 0) scan_row(l, row_of_slot(last));
     meet();
     free_sums();  // where what steered the scan was
     for (int i = thread; i < at.rows * (OWN / 8); i += THREADS) {
@@ -458,7 +538,10 @@ struct Block {
   __device__ __forceinline__ int row_of(int turn) const { return is_mine(turn) ? warp + turn * WARPS : 0; }
 
   __device__ __forceinline__ void embed() {
-    if (thread < at.rows) shared.prior[thread] = 1.0f;
+    if (thread < at.rows) {
+      shared.prior[thread] = 1.0f;
+      if (DEFERS) shared.turns[thread] = model.turns[at.first + thread];
+    }
     meet();
 #pragma unroll
     for (int i = 0; i < COLUMN_TURNS; ++i) norm[i] = to_float(model.layers[0].norm[at.column() + min(lane + 32 * i, at.columns() - 1)]);
@@ -502,6 +585,11 @@ struct Block {
       return sum;
     });
     free_sums();
+  }
+
+  // By now all blocks have read whose turn it was.
+  __device__ __forceinline__ void take_turns() {
+    if (DEFERS && at.cluster == 0 && thread < at.rows) model.turns[at.first + thread] = shared.turns[thread] == KEEPS ? REPEATS : KEEPS;
   }
 
   __device__ __forceinline__ void head() {
@@ -559,10 +647,11 @@ decode_rows(const __grid_constant__ Model model) {
       block.forget_addresses();
       block.steer(layer, l);
       block.forget_addresses();
-      block.scan(layer);
+      block.scan(layer, l);
       block.forget_addresses();
       block.out_proj();
     }
+    block.take_turns();
     block.head();
   }
   __syncwarp();

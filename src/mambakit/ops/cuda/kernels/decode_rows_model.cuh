@@ -45,8 +45,13 @@ constexpr int BOXES = WIDTH / CLUSTER / BOX;  // of in_proj, along k
 // How often blocks have written: those of each cluster, those of the same rank in all clusters, and their helpers.
 struct Counts { Count streams[32], partials[32], steering[32], ys[32]; };
 
+// What a step does with the states of a row, where it DEFERS: keeps what they are made of, and does not write them; repeats the step
+// before and writes them; or writes them, as the first time for half of the rows, so that each step writes half. Then another turn.
+enum StateTurn { KEEPS, REPEATS, WRITES };
+
 struct Model {
-  TensorMap in_proj[LAYERS], out_proj[LAYERS], x_proj[LAYERS], head, x, y;  // boxes of 16, 8, few_rows(OWN), 16, BATCH and BATCH rows
+  // Boxes of 16, 8, few_rows(OWN), 16, BATCH, BATCH and SHARE rows.
+  TensorMap in_proj[LAYERS], out_proj[LAYERS], x_proj[LAYERS], head, x, y, kept;
   Layer layers[LAYERS];
   const TOKEN* tokens;
   const IO *embedding, *norm_f;
@@ -54,6 +59,9 @@ struct Model {
   IO *x_memory, *y_memory, *steering;     // (B, M), (B, D), (B, R + 2 N)
   float *partials, *squares, *priors;     // (clusters, B, R + 2 N), (B, 32), (B)
   Counts* counts;                         // zero at first
+  IO *kept_inputs, *kept_B;               // (layers, 2, rows, D), dt and x; (layers, rows, N); if the kernel DEFERS
+  int* turns;                             // (B)
+  int64 kept_rows;                        // of these, not fewer than of the batch
   int64 batch, vocab, conv_batch, ssm_batch;  // rows, and strides of the states of a row
   double eps[LAYERS + 1];
 };
@@ -63,7 +71,11 @@ struct Steering {
   alignas(16) IO low[TILE_ROWS][RANK + 8];
   alignas(16) float bc[SHARE][2 * D_STATE];
   IO dt[SHARE][OWN + 2];                  // so that a warp of dt_proj, with 8 rows and every 16th channel, writes to 32 banks
+  alignas(16) IO kept[2][SHARE][OWN], kept_B[SHARE][D_STATE];  // dt and x, and B, of the step before
 };
+
+constexpr int KEPT_BYTES = SHARE * OWN * 2;  // of dt or x
+static_assert(2 * KEPT_BYTES <= SLOT);
 
 struct Shared {
   union {                                 // steering: from the last sums of z to the end of the scan
@@ -75,6 +87,7 @@ struct Shared {
   float biases[OWN];                      // of dt
   float scales[BATCH], factors[BATCH];    // of the norm, and by which sums are multiplied
   float prior[SHARE];                     // by which x has been multiplied
+  int turns[SHARE];
   RingBarriers<SLOTS> weights;
   RingBarriers<X_SLOTS> xs;
   BlockBarrier received, freed, scaled;  // sums, the room for them, scales

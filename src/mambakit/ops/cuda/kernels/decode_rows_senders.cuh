@@ -54,6 +54,10 @@ __device__ __forceinline__ void send_weights(Sender<SLOTS, SLOT, IN_FLIGHT * SLO
                     at.own * D_STATE * 4);
       });
     };
+    if (DEFERS)
+      ring.send(2 * KEPT_BYTES, [&](BlockBarrier& full, char* to) {
+        if (lane < 2) full.copy_box(to + lane * KEPT_BYTES, model.kept, at.channel, at.first, 2 * l + lane);
+      });
     if (at.rows > 0) send_states(0);  // which wait for dt in registers
 #pragma unroll 1
     for (int first = 0; first < at.own; first += few_rows(RANK)) {  // in eight pieces: a copy of each row would take too long

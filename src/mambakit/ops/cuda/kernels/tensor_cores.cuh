@@ -65,6 +65,17 @@ template <class T, int SUMS> __device__ __forceinline__ void multiply_add_warpgr
 #define SUMS_36 SUMS_32, FOUR(32)
 #define SUMS_40 SUMS_36, FOUR(36)
 #define SUMS_44 SUMS_40, FOUR(40)
+#define SUMS_48 SUMS_44, FOUR(44)
+#define SUMS_52 SUMS_48, FOUR(48)
+#define SUMS_56 SUMS_52, FOUR(52)
+#define SUMS_60 SUMS_56, FOUR(56)
+#define SUMS_64 SUMS_60, FOUR(60)
+#define SUMS_68 SUMS_64, FOUR(64)
+#define SUMS_72 SUMS_68, FOUR(68)
+#define SUMS_76 SUMS_72, FOUR(72)
+#define SUMS_80 SUMS_76, FOUR(76)
+#define SUMS_84 SUMS_80, FOUR(80)
+#define SUMS_88 SUMS_84, FOUR(84)
 #define NAMES_4 "%0, %1, %2, %3"
 #define NAMES_8 NAMES_4 ", %4, %5, %6, %7"
 #define NAMES_12 NAMES_8 ", %8, %9, %10, %11"
@@ -76,6 +87,17 @@ template <class T, int SUMS> __device__ __forceinline__ void multiply_add_warpgr
 #define NAMES_36 NAMES_32 ", %32, %33, %34, %35"
 #define NAMES_40 NAMES_36 ", %36, %37, %38, %39"
 #define NAMES_44 NAMES_40 ", %40, %41, %42, %43"
+#define NAMES_48 NAMES_44 ", %44, %45, %46, %47"
+#define NAMES_52 NAMES_48 ", %48, %49, %50, %51"
+#define NAMES_56 NAMES_52 ", %52, %53, %54, %55"
+#define NAMES_60 NAMES_56 ", %56, %57, %58, %59"
+#define NAMES_64 NAMES_60 ", %60, %61, %62, %63"
+#define NAMES_68 NAMES_64 ", %64, %65, %66, %67"
+#define NAMES_72 NAMES_68 ", %68, %69, %70, %71"
+#define NAMES_76 NAMES_72 ", %72, %73, %74, %75"
+#define NAMES_80 NAMES_76 ", %76, %77, %78, %79"
+#define NAMES_84 NAMES_80 ", %80, %81, %82, %83"
+#define NAMES_88 NAMES_84 ", %84, %85, %86, %87"
 #define OF_TYPE(T, NAME, N, SUMS, A, B)                                                                               \
   template <> __device__ __forceinline__ void multiply_add_warpgroup<T, SUMS>(float (&sums)[SUMS], uint64 a, uint64 b) { \
     asm volatile("{.reg .pred adds; setp.eq.u32 adds, 0, 0;"                                                           \
@@ -94,6 +116,17 @@ MULTIPLY_ADD_WARPGROUP(64, 32, "%32", "%33")
 MULTIPLY_ADD_WARPGROUP(72, 36, "%36", "%37")
 MULTIPLY_ADD_WARPGROUP(80, 40, "%40", "%41")
 MULTIPLY_ADD_WARPGROUP(88, 44, "%44", "%45")
+MULTIPLY_ADD_WARPGROUP(96, 48, "%48", "%49")
+MULTIPLY_ADD_WARPGROUP(104, 52, "%52", "%53")
+MULTIPLY_ADD_WARPGROUP(112, 56, "%56", "%57")
+MULTIPLY_ADD_WARPGROUP(120, 60, "%60", "%61")
+MULTIPLY_ADD_WARPGROUP(128, 64, "%64", "%65")
+MULTIPLY_ADD_WARPGROUP(136, 68, "%68", "%69")
+MULTIPLY_ADD_WARPGROUP(144, 72, "%72", "%73")
+MULTIPLY_ADD_WARPGROUP(152, 76, "%76", "%77")
+MULTIPLY_ADD_WARPGROUP(160, 80, "%80", "%81")
+MULTIPLY_ADD_WARPGROUP(168, 84, "%84", "%85")
+MULTIPLY_ADD_WARPGROUP(176, 88, "%88", "%89")
 #undef MULTIPLY_ADD_WARPGROUP
 #undef OF_TYPE
 #undef FOUR

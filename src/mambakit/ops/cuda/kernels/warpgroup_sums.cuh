@@ -9,9 +9,14 @@ __device__ __forceinline__ uint64 described(const char* rows) {
 }
 
 template <int N> struct WarpgroupPieces {
-  static constexpr int PIECES = (N + 87) / 88, PIECE = (N + 8 * PIECES - 1) / (8 * PIECES) * 8;
-  float sums[PIECE / 2] = {};
+  static constexpr int PIECES = (N + 175) / 176, PIECE = (N + 8 * PIECES - 1) / (8 * PIECES) * 8;
+  float sums[PIECE / 2];
   WarpgroupPieces<N - PIECE> rest;
+
+  __device__ __forceinline__ WarpgroupPieces() {
+#pragma unroll
+    for (float& sum : sums) sum = 0.0f;
+  }
 
   __device__ __forceinline__ void add(uint64 x, uint64 w) {
     multiply_add_warpgroup<IO>(sums, x, w);
