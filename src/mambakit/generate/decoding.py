@@ -112,10 +112,9 @@ class Decoder:
         logits = logits[:, : self._vocab_size]
         rows, seen = self.slots.sampling.slice(first, last), self.slots.seen[first:last]
         tokens = sample(logits, rows, method, seen)
-        following = tokens.clamp(min=0)
-        self.slots.tokens[first:last] = following
-        rows.integers[:, 2] += 1
-        if method is not Method.GREEDY:
+        following = torch.clamp(tokens, min=0, out=self.slots.tokens[first:last])
+        if method is not Method.GREEDY:  # Else nobody asks for random numbers or for what was seen.
+            rows.integers[:, 2] += 1
             seen.scatter_(1, following[:, None], True)
         return Chosen(tokens, logits)
 

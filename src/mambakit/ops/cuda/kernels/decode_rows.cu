@@ -43,8 +43,11 @@ struct Block {
   float stream[ROW_TURNS][COLUMN_TURNS] = {};     // of the residual stream, what this lane has
 
   // What addresses are made of, so that the compiler makes them where they are used. Else it keeps them from layer to layer, and
-  // spills them.
-  __device__ __forceinline__ void forget_addresses() { asm volatile("" : "+r"(lane), "+r"(thread)); }
+  // spills them. It has to know their range, or it divides as of negative numbers.
+  __device__ __forceinline__ void forget_addresses() {
+    asm volatile("" : "+r"(lane), "+r"(thread));
+    lane &= 31, thread &= THREADS - 1;
+  }
 
   __device__ __forceinline__ void arrive_everywhere(BlockBarrier& barrier) {
     __syncwarp();
@@ -386,8 +389,15 @@ struct Block {
   }
 
   // Which four states of a row: of each channel those of four neighbouring lanes. Past the end the last ones.
-  __device__ __forceinline__ int scanned(int i) const { return min(i * 128 + thread % 128, at.own * SPREAD - 1); }
-  __device__ __forceinline__ bool is_scanned(int i) const { return i * 128 + thread % 128 < at.own * SPREAD; }
+  __device__ __forceinline__ int scanned(int i) const {
+    const int place = i * 128 + thread % 128;
+    return all_have((i + 1) * 128 / SPREAD) ? place : min(place, at.own * SPREAD - 1);
+  }
+  __device__ __forceinline__ bool is_scanned(int i) const {
+    return all_have((i + 1) * 128 / SPREAD) || i * 128 + thread % 128 < at.own * SPREAD;
+  }
+  // Whether all clusters have so many channels: they differ by sixteen at most.
+  __device__ __forceinline__ static constexpr bool all_have(int channels) { return channels <= OWN - 16; }
 
   // Whose output this lane ends: each of four neighbours the channel of another turn.
   __device__ __forceinline__ int ended(int i) const { return (i * SPREAD + thread % SPREAD) * (128 / SPREAD) + thread % 128 / SPREAD; }
@@ -594,6 +604,7 @@ struct Block {
 
   __device__ __forceinline__ void head() {
     const int column = TILES > 1 ? 0 : group * N;
+    const bool is_even = model.vocab % 2 == 0;  // neighbours are written together
     shared.scaled.await(LAYERS & 1);
     float scales[2];
     int64 rows[2];
@@ -610,8 +621,11 @@ struct Block {
         const int row = column + more + lane % 4 * 2;
         if (rows[half] >= at.batch) return;
         IO* const to = model.logits + rows[half] * model.vocab + at.head_first + first + row;
-        if (row < count) to[0] = from_float<IO>(one * scales[half]);
-        if (row + 1 < count) to[1] = from_float<IO>(two * scales[half]);
+        one *= scales[half], two *= scales[half];
+        if (is_even && row < count) *reinterpret_cast<unsigned*>(to) = pack<IO>(one, two);
+        if (is_even) return;
+        if (row < count) to[0] = from_float<IO>(one);
+        if (row + 1 < count) to[1] = from_float<IO>(two);
       });
     }
   }
