@@ -12,6 +12,7 @@ from mambakit.generate.randomness import key_of, uniform
 from mambakit.generate.sampling import Method, SamplingRows, sample
 from mambakit.models import MambaConfig, MambaLanguageModel, Quantisation, quantise
 from mambakit.models.fused_step import settle
+from mambakit.ops.cuda import many_rows_step
 
 pytestmark = pytest.mark.gpu
 
@@ -128,11 +129,18 @@ def test_long_prompts_by_graphs(model):
     assert [done.tokens for done in graphs] == [done.tokens for done in plain]
 
 
+@pytest.fixture
+def deferred(monkeypatch):
+    """States, wherever they can be."""
+    monkeypatch.setattr(many_rows_step, "LEAST_WIDTH_TO_DEFER", 0)
+    monkeypatch.setattr(many_rows_step, "FEWEST_ROWS_TO_DEFER", 0)
+
+
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 @pytest.mark.parametrize(
     ("slots", "d_model"), [(8, 768), (20, 768), (20, 128), (8, 128), (130, 128)]
 )
-def test_a_request_gets_the_same_bits_alone(slots, d_model, cuda_graphs):
+def test_a_request_gets_the_same_bits_alone(slots, d_model, cuda_graphs, deferred):
     """Of up to 8 rows in one kernel, of many, of kernels with products of their own, and of the library's."""
     torch.manual_seed(0)
     config = MambaConfig(d_model=d_model, n_layer=3, vocab_size=1000)
@@ -144,7 +152,7 @@ def test_a_request_gets_the_same_bits_alone(slots, d_model, cuda_graphs):
         assert engine.generate([several[number]]) == [together[number]]
 
 
-def test_states_are_settled_when_fewer_requests_are_left(monkeypatch):
+def test_states_are_settled_when_fewer_requests_are_left(monkeypatch, deferred):
     """Steps of many rows defer states; those of up to 8 do not know of it."""
     torch.manual_seed(0)
     config = MambaConfig(d_model=768, n_layer=3, vocab_size=1000)
@@ -159,7 +167,7 @@ def test_states_are_settled_when_fewer_requests_are_left(monkeypatch):
     )
     found = Engine(bfloat16, slots=20).generate(several)
     assert settled == [8]
-    monkeypatch.setattr(decoding, "can_defer", lambda *_: False)
+    monkeypatch.setattr(decoding, "should_defer", lambda *_: False)
     expected = Engine(bfloat16, slots=20).generate(several)
     assert settled == [8]
     for one, other in zip(found, expected, strict=True):

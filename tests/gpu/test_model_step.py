@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from mambakit import ops
 from mambakit.errors import ArgumentError
 from mambakit.models import MambaConfig, MambaLanguageModel, ModelState
-from mambakit.models.fused_step import fused_step, settle
+from mambakit.models.fused_step import fused_step, settle, should_defer
 from mambakit.ops.cuda import (
     launch,
     many_rows_step,
@@ -550,6 +550,15 @@ def test_states_that_are_written_every_second_step(
         torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
     assert (pool.inputs[:, :, batch:] == 0).all()
     assert (pool.B[:, batch:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("d_model", "batch", "defers"),
+    [(1536, 17, True), (1536, 128, True), (1536, 16, False), (1024, 64, False), (1536, 129, False)],
+)
+def test_where_states_are_deferred(d_model: int, batch: int, defers: bool) -> None:
+    model = make_model(torch.bfloat16, d_model=d_model, n_layer=1)
+    assert should_defer(model, model.initial_state(batch)) is defers
 
 
 def test_what_cannot_defer_says_so() -> None:

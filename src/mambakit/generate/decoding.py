@@ -12,7 +12,7 @@ from torch import Tensor
 from mambakit.generate.graphs import beside, capture
 from mambakit.generate.sampling import Method, sample
 from mambakit.generate.slots import Slots
-from mambakit.models.fused_step import can_defer, gives_same_bits, settle
+from mambakit.models.fused_step import gives_same_bits, settle, should_defer
 from mambakit.models.language_model import MambaLanguageModel
 from mambakit.models.state import ModelState
 
@@ -36,7 +36,7 @@ class Decoder:
 
     On a GPU a step is one CUDA graph, captured in advance for batches of 1, 2, 4, ... sequences and
     each `Method`. A batch in between takes the next larger graph, which works on free rows as well.
-    Where a kernel can, it writes a state every second step only (`DeferredStates`).
+    Where it is faster, a step writes half of the states (`DeferredStates`).
 
     Args:
         model: The model.
@@ -95,7 +95,7 @@ class Decoder:
     def _prepared(self, count: int) -> Step:
         if count not in self._steps:
             state = self.slots.state(count)
-            defers = can_defer(self._model, state)
+            defers = should_defer(self._model, state)
             deferred = self.slots.states.defer().view(count) if defers else None
             self._steps[count] = Step(self._model.prepared_step(state, deferred), defers)
         return self._steps[count]

@@ -26,6 +26,7 @@ from mambakit.ops.model_layer import Layer
 
 if TYPE_CHECKING:
     from mambakit.models.language_model import MambaLanguageModel
+    from mambakit.ops.cuda.model_step import ModelStep
 
 
 def fused_step(
@@ -78,24 +79,34 @@ def fused_step(
 
 def gives_same_bits(model: MambaLanguageModel, state: ModelState, batch: int, other: int) -> bool:
     """Whether a step of so many rows of this state gives each the same bits as one of so many others."""
-    device = state.layers[0].ssm_state.device
-    if batch == other or device.type == "cpu":
+    if batch == other or state.layers[0].ssm_state.device.type == "cpu":
         return True
-    fused = fused_step(model, device, state)
-    return isinstance(fused, cuda.model_step.ModelStep) and fused.gives_same_bits(batch, other)
+    fused = _on_gpu(model, state)
+    return fused is not None and fused.gives_same_bits(batch, other)
 
 
 def can_defer(model: MambaLanguageModel, state: ModelState) -> bool:
     """Whether a step can defer these states."""
-    device = state.layers[0].ssm_state.device
-    fused = fused_step(model, device, state) if device.type == "cuda" else None
-    return isinstance(fused, cuda.model_step.ModelStep) and fused.can_defer(state.batch_size)
+    fused = _on_gpu(model, state)
+    return fused is not None and fused.can_defer(state.batch_size)
+
+
+def should_defer(model: MambaLanguageModel, state: ModelState) -> bool:
+    """Whether a step is faster if it does."""
+    fused = _on_gpu(model, state)
+    return fused is not None and fused.should_defer(state.batch_size)
 
 
 def settle(model: MambaLanguageModel, state: ModelState, deferred: DeferredStates) -> None:
     """Write states that were deferred."""
     blocks = model.backbone.blocks()
     deferred.settle([*map(_layer, map(_modules, blocks), state.layers)])
+
+
+def _on_gpu(model: MambaLanguageModel, state: ModelState) -> ModelStep | None:
+    device = state.layers[0].ssm_state.device
+    fused = fused_step(model, device, state) if device.type == "cuda" else None
+    return fused if isinstance(fused, cuda.model_step.ModelStep) else None
 
 
 _KINDS = (

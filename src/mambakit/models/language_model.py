@@ -266,7 +266,7 @@ class MambaLanguageModel(nn.Module):
         Args:
             state: Updated in place by each step.
             deferred: What the state has not read, for steps that write it every second time, which is faster; see
-                `mambakit.models.fused_step.can_defer`. Only such steps can continue, until it is settled.
+                `mambakit.models.fused_step.should_defer`. Only such steps can continue, until it is settled.
 
         Raises:
             ArgumentError: No such step works on this state.

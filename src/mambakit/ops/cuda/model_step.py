@@ -135,6 +135,12 @@ class ModelStep:
         """Whether a step of so many rows can defer states."""
         return kernels_of(self._layers, self._around, batch) is Kernels.ONE_OF_MANY_ROWS
 
+    def should_defer(self, batch: int) -> bool:
+        """Whether it is faster then."""
+        is_wide = self._around[0].shape[1] >= many_rows_step.LEAST_WIDTH_TO_DEFER
+        is_many = batch >= many_rows_step.FEWEST_ROWS_TO_DEFER
+        return is_wide and is_many and self.can_defer(batch)
+
     def gives_same_bits(self, batch: int, other: int) -> bool:
         """Whether a row gets the same bits among so many rows as among so many others."""
         kernels = [kernels_of(self._layers, self._around, rows) for rows in (batch, other)]

@@ -150,9 +150,9 @@ def test_so_is_a_head_that_does_not() -> None:
 
 
 def test_parameters_fit() -> None:
-    maps, addresses = 3 * many_rows_step.MOST_LAYERS + 3, 9 * many_rows_step.MOST_LAYERS + 11
+    maps, addresses = 3 * many_rows_step.MOST_LAYERS + 4, 9 * many_rows_step.MOST_LAYERS + 14
     doubles = many_rows_step.MOST_LAYERS + 1
-    assert 128 * maps + 8 * (addresses + 4 + doubles) <= 32764 - 63
+    assert 128 * maps + 8 * (addresses + 5 + doubles) <= 32764 - 63
 
 
 @pytest.mark.parametrize(("own", "rows"), [(64, 56), (80, 56), (112, 56), (144, 56), (176, 56)])
