@@ -554,7 +554,7 @@ def test_states_that_are_written_every_second_step(
 
 @pytest.mark.parametrize(
     ("d_model", "batch", "defers"),
-    [(1536, 17, True), (1536, 128, True), (1536, 16, False), (1024, 64, False), (1536, 129, False)],
+    [(1536, 33, True), (1536, 128, True), (1536, 32, False), (1024, 64, False), (1536, 129, False)],
 )
 def test_where_states_are_deferred(d_model: int, batch: int, defers: bool) -> None:
     model = make_model(torch.bfloat16, d_model=d_model, n_layer=1)

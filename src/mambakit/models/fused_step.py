@@ -65,7 +65,7 @@ def fused_step(
         is_narrow = not config.residual_in_fp32 and dtype != torch.float32
         if is_narrow or config.mixer_norm_epsilon is not None or model.quantisation is not None:
             return None
-        around = embedding.weight, norm_f.weight, head.weight
+        around = embedding.weight, norm_f.weight, _matrix(head)[0]
         if not cuda.model_step.suitable(layers, around):
             return None
         step: Callable[[Tensor], Tensor] = cuda.model_step.ModelStep(layers, around, eps, deferred)

@@ -30,7 +30,7 @@ LEAST_WIDTH = 768
 MOST_LAYERS = 69
 """Whose addresses and tensor maps fit into the parameters of a kernel, 32 KB."""
 
-LEAST_WIDTH_TO_DEFER, FEWEST_ROWS_TO_DEFER = 1536, 17
+LEAST_WIDTH_TO_DEFER, FEWEST_ROWS_TO_DEFER = 1536, 33
 """From which on a step that defers states is faster (docs/lab-notes.md)."""
 
 CLUSTER = 4
