@@ -12,7 +12,7 @@ from torch import Tensor
 from mambakit.generate.graphs import beside, capture
 from mambakit.generate.sampling import Method, sample
 from mambakit.generate.slots import Slots
-from mambakit.models.fused_step import gives_same_bits, settle, should_defer
+from mambakit.models.fused_step import gives_same_bits, settler, should_defer
 from mambakit.models.language_model import MambaLanguageModel
 from mambakit.models.state import ModelState
 
@@ -60,6 +60,7 @@ class Decoder:
         self._model = model
         self._vocab_size = model.config.vocab_size
         self._steps: dict[int, Step] = {}
+        self._settlers: dict[int, Callable[[], None]] = {}
         self._is_behind = False  # Whether states may have been deferred.
         self._buckets = buckets(size)
         if batch_invariant:
@@ -96,15 +97,22 @@ class Decoder:
         if count not in self._steps:
             state = self.slots.state(count)
             defers = should_defer(self._model, state)
-            deferred = self.slots.states.defer().view(count) if defers else None
+            deferred = None
+            if defers:
+                deferred = self.slots.states.defer().view(count)
+                # Compiles its kernel now, not when it is needed.
+                settler(self._model, state, deferred)()
             self._steps[count] = Step(self._model.prepared_step(state, deferred), defers)
         return self._steps[count]
 
     def _settle(self, before: Step) -> None:
         """Write what has been deferred, before a step that does not know of it."""
         if self._is_behind and not before.defers:
-            count, deferred = self.slots.taken, self.slots.states.defer()
-            settle(self._model, self.slots.state(count), deferred.view(count))
+            count = self.slots.taken
+            if count not in self._settlers:
+                deferred = self.slots.states.defer().view(count)
+                self._settlers[count] = settler(self._model, self.slots.state(count), deferred)
+            self._settlers[count]()
         self._is_behind = before.defers
 
     @torch.no_grad()

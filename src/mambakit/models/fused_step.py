@@ -97,10 +97,13 @@ def should_defer(model: MambaLanguageModel, state: ModelState) -> bool:
     return fused is not None and fused.should_defer(state.batch_size)
 
 
-def settle(model: MambaLanguageModel, state: ModelState, deferred: DeferredStates) -> None:
-    """Write states that were deferred."""
-    blocks = model.backbone.blocks()
-    deferred.settle([*map(_layer, map(_modules, blocks), state.layers)])
+def settler(
+    model: MambaLanguageModel, state: ModelState, deferred: DeferredStates
+) -> Callable[[], None]:
+    """What writes these states, which were deferred."""
+    fused = fused_step(model, state.layers[0].ssm_state.device, state, deferred)
+    assert isinstance(fused, cuda.model_step.ModelStep)
+    return fused.settle
 
 
 def _on_gpu(model: MambaLanguageModel, state: ModelState) -> ModelStep | None:

@@ -192,8 +192,7 @@ def _kept(deferred: DeferredStates | None, rows: int, own: int) -> tuple[bytes, 
         return bytes(128), 0, 0, 0, 0
     inputs, B, turns = deferred.inputs, deferred.B, deferred.turns
     box = tensor_map(inputs.flatten(0, 1), 1, rows, own, swizzled=False)
-    stored_rows = inputs.stride(1) // inputs.stride(2)
-    return box, inputs.data_ptr(), B.data_ptr(), turns.data_ptr(), stored_rows
+    return box, inputs.data_ptr(), B.data_ptr(), turns.data_ptr(), deferred.stored_rows
 
 
 def _steering_map(x_proj: Tensor, own: int) -> bytes:

@@ -24,6 +24,8 @@ from mambakit.ops.cuda.causal_conv1d import causal_conv1d_step
 from mambakit.ops.cuda.compiler import kernel
 from mambakit.ops.cuda.products import MOST_ROWS, tile_of
 from mambakit.ops.cuda.rms_norm import add_rms_norm, rms_norm
+from mambakit.ops.cuda.settle_states import settle_states
+from mambakit.ops.cuda.settle_states import variants as settling_variants
 from mambakit.ops.cuda.step_products import (
     FEW,
     NEIGHBOURS,
@@ -134,6 +136,12 @@ class ModelStep:
     def can_defer(self, batch: int) -> bool:
         """Whether a step of so many rows can defer states."""
         return kernels_of(self._layers, self._around, batch) is Kernels.ONE_OF_MANY_ROWS
+
+    def settle(self) -> None:
+        """Write the states that have been deferred."""
+        assert self._deferred is not None
+        settle_states(self._layers, self._deferred)
+        increment_version([layer.ssm_state for layer in self._layers])
 
     def should_defer(self, batch: int) -> bool:
         """Whether it is faster then."""
@@ -456,4 +464,4 @@ def variants() -> Variants:
             ("decode_scan.cu", "decode_scan", projected),
             ("decode_embedding.cu", "decode_embedding", embedding),
         ]
-    return found + one_kernel_step.variants() + many_rows_step.variants()
+    return found + one_kernel_step.variants() + many_rows_step.variants() + settling_variants()
