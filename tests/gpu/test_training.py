@@ -121,7 +121,15 @@ def test_the_loss_alone_is_the_loss_with_gradients() -> None:
 
 
 def mixed(mixer: MambaMixer, hidden: Tensor) -> tuple[list[Tensor], int]:
-    """The output with all gradients, and the bytes kept between forward and backward."""
+    """The output with all gradients, and the bytes kept between forward and backward.
+
+    Of three times the one in the middle: once in some suites other threads have taken or given back memory meanwhile.
+    """
+    results, kept = zip(*(mixed_once(mixer, hidden) for _ in range(3)), strict=True)
+    return results[0], sorted(kept)[1]
+
+
+def mixed_once(mixer: MambaMixer, hidden: Tensor) -> tuple[list[Tensor], int]:
     leaves = [hidden, *mixer.parameters()]
     gc.collect()  # what other tests left would be counted when it goes
     before = torch.cuda.memory_allocated()
