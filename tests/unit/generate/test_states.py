@@ -3,6 +3,7 @@ import torch
 
 from mambakit.generate.states import States
 from mambakit.models import MambaConfig, MambaLanguageModel, ModelState
+from mambakit.ops.deferred_states import REPEATS, WRITES
 
 
 @pytest.fixture
@@ -42,3 +43,17 @@ def test_a_view_is_in_place_and_a_copy_is_not(model: MambaLanguageModel) -> None
     assert_equal(copy.view(1), state)
     assert not torch.equal(states.view(1).layers[0].ssm_state, state.layers[0].ssm_state)
     assert states.view(1) is states.view(1)
+
+
+def test_deferred_states_follow_their_rows(model: MambaLanguageModel) -> None:
+    states = States.empty(model, 4)
+    deferred = states.defer()
+    assert states.defer() is deferred
+    deferred.turns.fill_(REPEATS)
+    states.put(2, read(model, 1))
+    states.put(3, None)
+    assert deferred.turns.tolist() == [REPEATS, REPEATS, WRITES, WRITES]
+    deferred.inputs[:, :, 1] = 1
+    states.move(1, 3)
+    assert deferred.turns.tolist() == [REPEATS, REPEATS, WRITES, REPEATS]
+    assert (deferred.inputs[:, :, 3] == 1).all()
