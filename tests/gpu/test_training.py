@@ -123,7 +123,7 @@ def test_the_loss_alone_is_the_loss_with_gradients() -> None:
 def mixed(mixer: MambaMixer, hidden: Tensor) -> tuple[list[Tensor], int]:
     """The output with all gradients, and the bytes kept between forward and backward.
 
-    Of three times the one in the middle: once in some suites other threads have taken or given back memory meanwhile.
+    Of three times the one in the middle: in one of several suites 130 KB of something else were counted too.
     """
     results, kept = zip(*(mixed_once(mixer, hidden) for _ in range(3)), strict=True)
     return results[0], sorted(kept)[1]
