@@ -448,6 +448,13 @@ def test_so_is_a_step_of_many_rows_of_wider_models(
     test_a_step_is_as_accurate_as_the_modules(fields, torch.bfloat16, batch)
 
 
+@pytest.mark.parametrize("batch", [9, 70])
+def test_so_is_a_step_of_many_rows_of_an_odd_vocabulary(batch: int, only_one_kernel: None) -> None:
+    """Whose logits are not written in pairs."""
+    fields = {"d_model": 768, "n_layer": 2, "vocab_size": 301, "pad_vocab_size_multiple": 1}
+    test_a_step_is_as_accurate_as_the_modules(fields, torch.bfloat16, batch)
+
+
 @pytest.mark.parametrize("clusters", [12, 29])
 @pytest.mark.parametrize("batch", [20, 70])
 @pytest.mark.parametrize("d_conv", [2, 4])

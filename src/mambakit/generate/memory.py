@@ -58,7 +58,10 @@ def prepare(
 
 
 def slot_bytes(model: MambaLanguageModel) -> int:
-    """Bytes that a slot takes: a state, and a flag for each id of the vocabulary."""
+    """Bytes that a slot takes at least: a state, and a flag for each id of the vocabulary.
+
+    Where steps defer states (`DeferredStates`) it is a twentieth more, which only a trial finds out.
+    """
     return state_bytes(model.initial_state(1)) + model.config.vocab_size
 
 

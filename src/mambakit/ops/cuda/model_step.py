@@ -137,17 +137,17 @@ class ModelStep:
         """Whether a step of so many rows can defer states."""
         return kernels_of(self._layers, self._around, batch) is Kernels.ONE_OF_MANY_ROWS
 
+    def should_defer(self, batch: int) -> bool:
+        """Whether it can, and is faster then."""
+        is_wide = self._around[0].shape[1] >= many_rows_step.LEAST_WIDTH_TO_DEFER
+        is_many = batch >= many_rows_step.FEWEST_ROWS_TO_DEFER
+        return is_wide and is_many and self.can_defer(batch)
+
     def settle(self) -> None:
         """Write the states that have been deferred."""
         assert self._deferred is not None
         settle_states(self._layers, self._deferred)
         increment_version([layer.ssm_state for layer in self._layers])
-
-    def should_defer(self, batch: int) -> bool:
-        """Whether it is faster then."""
-        is_wide = self._around[0].shape[1] >= many_rows_step.LEAST_WIDTH_TO_DEFER
-        is_many = batch >= many_rows_step.FEWEST_ROWS_TO_DEFER
-        return is_wide and is_many and self.can_defer(batch)
 
     def gives_same_bits(self, batch: int, other: int) -> bool:
         """Whether a row gets the same bits among so many rows as among so many others."""

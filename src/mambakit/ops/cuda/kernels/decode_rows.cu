@@ -36,7 +36,7 @@ struct Block {
   static constexpr int SPAN = OWN / 2;  // rows of a matrix whose sums are handed out together
   static constexpr int TURNS = (OWN * SPREAD + 127) / 128, COLUMN_TURNS = (COLUMNS + 31) / 32;
   static constexpr int ROW_TURNS = (SHARE + WARPS - 1) / WARPS;
-  static constexpr int ENDS = (TURNS + SPREAD - 1) / SPREAD;
+  static constexpr int ENDS = (TURNS + SPREAD - 1) / SPREAD;  // channels whose output a lane ends
   float rates[TURNS][LANE_STATES], skips[ENDS];  // of the scan
   Vector<float, LANE_STATES> states[TURNS];       // of the row that is scanned next
   float norm[COLUMN_TURNS];                       // the weights of the next one
@@ -207,7 +207,7 @@ struct Block {
   template <int COLUMNS_OF, bool IN_PIECES, class End>
   __device__ __forceinline__ void few(const IO* A, int rows, int columns, End end) {
     constexpr int LINE = line_of(COLUMNS_OF), STEPS = COLUMNS_OF / 16;
-    constexpr bool KEPT = STEPS * SIXTEENS <= 18;  // there are registers for all of A
+    constexpr bool HAS_ROOM = STEPS * SIXTEENS <= 18;  // in registers, for all of A
     uint4 factors[STEPS][SIXTEENS];
     const auto read_factors = [&] {
 #pragma unroll
@@ -216,7 +216,7 @@ struct Block {
         for (int m = 0; m < SIXTEENS; ++m)
           factors[k][m] = read_matrices(reinterpret_cast<const char*>(A) + (16 * m + lane % 16) * LINE + lane / 16 * 16 + 32 * k);
     };
-    if constexpr (KEPT) read_factors();
+    if constexpr (HAS_ROOM) read_factors();
     for (int start = 0; start < rows; start += few_rows(COLUMNS_OF)) {
       const char* const slot = weights.await_slot();
       const int count = min(few_rows(COLUMNS_OF), rows - start), piece = count / 8;
@@ -226,7 +226,7 @@ struct Block {
         uint4 words[(STEPS + 1) / 2];  // of two products each
 #pragma unroll
         for (int i = 0; i < (STEPS + 1) / 2; ++i) words[i] = read_matrices(b + 64 * i);
-        if constexpr (!KEPT) read_factors();
+        if constexpr (!HAS_ROOM) read_factors();
         FewSums sums = {}, odd = {};
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {

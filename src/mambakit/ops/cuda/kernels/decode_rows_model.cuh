@@ -60,7 +60,7 @@ struct Model {
   float *partials, *squares, *priors;     // (clusters, B, R + 2 N), (B, 32), (B)
   Counts* counts;                         // zero at first
   IO *kept_inputs, *kept_B;               // (layers, 2, rows, D), dt and x; (layers, rows, N); if the kernel DEFERS
-  int* turns;                             // (B)
+  int* turns;                             // (B), StateTurn
   int64 kept_rows;                        // of these, not fewer than of the batch
   int64 batch, vocab, conv_batch, ssm_batch;  // rows, and strides of the states of a row
   double eps[LAYERS + 1];
@@ -87,7 +87,7 @@ struct Shared {
   float biases[OWN];                      // of dt
   float scales[BATCH], factors[BATCH];    // of the norm, and by which sums are multiplied
   float prior[SHARE];                     // by which x has been multiplied
-  int turns[SHARE];
+  int turns[SHARE];                       // StateTurn
   RingBarriers<SLOTS> weights;
   RingBarriers<X_SLOTS> xs;
   BlockBarrier received, freed, scaled;  // sums, the room for them, scales

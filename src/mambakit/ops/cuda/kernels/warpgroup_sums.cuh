@@ -13,7 +13,7 @@ template <int N> struct WarpgroupPieces {
   float sums[PIECE / 2];
   WarpgroupPieces<N - PIECE> rest;
 
-  __device__ __forceinline__ WarpgroupPieces() {
+  __device__ __forceinline__ WarpgroupPieces() {  // as `= {}` more than 44 would stay in local memory
 #pragma unroll
     for (float& sum : sums) sum = 0.0f;
   }
